@@ -1,0 +1,1 @@
+"""YAML presets: values only."""

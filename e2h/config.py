@@ -1,0 +1,349 @@
+"""Every setting of e2h: dataclasses are the schema, validation happens once, at the border.
+
+Public facts (N, class names, resolution, clip norms, q, T) are fields here; private facts are call arguments elsewhere.
+Privacy parameters and performance knobs are different dataclasses: nothing in `ScalingConfig` can change epsilon.
+This module imports neither torch nor ray nor hydra.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from e2h.errors import InputError
+
+SOURCES = ("digits", "idx", "cifar", "image_folder", "parquet")
+
+
+@dataclass
+class DataConfig:
+    """The sensitive images and what is publicly known of them."""
+
+    name: str = "digits"  # part of the run's default name
+    source: str = "digits"  # one of SOURCES
+    path: str | None = None  # local path, s3://, gs://; none for digits
+    image_size: int = 8  # pixels; images are square
+    channels: int = 1  # 1 grey, 3 colour
+    class_names: list[str] | None = None  # public; none: the source's own list (folder names, ClassLabel)
+    labelled: bool = True  # image folder: one folder a class; false: one class for all
+    image_column: str = "image"  # parquet
+    label_column: str | None = "label"  # parquet; none: one class
+    num_records: int | None = None  # public N; none: the number of listed training records, declared public
+    test_fraction: float = 1 / 6  # held out by a hash of the record's name where the source has no split of its own
+    resize: str = "uniform"  # uniform: one size, no upscaling, or refuse; any: crop and resize each image
+    max_rejected_fraction: float = 0.001  # corrupt images above this share are refused, below it skipped and named
+    records_per_shard: int = 4096
+
+
+@dataclass
+class ModelConfig:
+    """EDM U-Net (Karras et al. 2022), with GroupNorm only."""
+
+    base_width: int = 32
+    width_multipliers: list[int] = field(default_factory=lambda: [1, 2])
+    attention_resolutions: list[int] = field(default_factory=lambda: [4])
+    blocks_per_level: int = 1
+    embedding_width: int = 64
+
+
+@dataclass
+class PrivacyConfig:
+    """The target and how randomness is kept."""
+
+    epsilon: float = 10.0
+    delta: float = 1e-4
+    secret: str | None = None  # file:PATH or env:NAME of the master secret; none: a 0600 file beside the run
+    test_mode: bool = False  # fixed public secret: reproducible and NOT PRIVATE, stamped on every artefact
+
+
+@dataclass
+class CentralConfig:
+    """The easy stage: noisy central images (event 1)."""
+
+    enabled: bool = True
+    query: str = "mean"  # mean | mode
+    class_conditional: bool = True
+    num_rounds: int = 5
+    sampling_prob: float = 0.5
+    noise_multiplier: float | None = None  # none: solved from budget_share
+    budget_share: float = 0.2  # without noise_multiplier: the stage alone is (budget_share * epsilon, delta)-DP
+    max_norm: float = 1.5  # clip norm of one record's pooled, centred pixels (mean query)
+    centre: float = 0.5  # public m0 in [0, 1]
+    count_weight: float = 0.0  # weight of the noisy-count coordinate, in units of max_norm; 0 drops it
+    num_bins: int = 16  # mode query
+    pool_factor: int = 2  # 2: half resolution
+    median_filter: bool = False
+    sharpen: bool = False
+
+
+@dataclass
+class WarmupConfig:
+    """Ordinary training on the central images: post-processing, free."""
+
+    num_steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    label_dropout: float = 0.1
+    max_shift: int = 1  # pixels; public augmentation
+
+
+@dataclass
+class FinetuneConfig:
+    """The hard stage: DP-SGD on the full set (event 2)."""
+
+    num_steps: int = 100
+    expected_batch_size: int = 512
+    noise_multiplicity: int = 4  # K noise draws an image, averaged before the clip
+    max_grad_norm: float = 1.0
+    learning_rate: float = 1e-3
+    ema_decay: float = 0.95
+    label_dropout: float = 0.1
+    engine: str = "folded"  # folded | opacus | loop; the last two are references
+    ledger_block: int = 16  # steps paid for at a time
+    checkpoint_every: int = 20  # steps
+
+
+@dataclass
+class SamplingConfig:
+    """Synthetic images: post-processing, free."""
+
+    num_images: int = 2000
+    sampler: str = "heun"  # heun | ddim
+    num_steps: int = 18
+    guidance: float = 0.0  # w in (1+w) D(y) - w D(null)
+    churn: float = 0.0
+    churn_min: float = 0.05
+    churn_max: float = 50.0
+    class_fractions: list[float] | None = None  # none: uniform; else public shares in class order
+    images_per_shard: int = 500
+
+
+@dataclass
+class EvaluationConfig:
+    """Measured on real data without noise: sensitive, never released."""
+
+    enabled: bool = True
+    classifiers: list[str] = field(default_factory=lambda: ["logistic_regression", "mlp", "cnn"])
+    cnn_epochs: int = 20
+    max_feature_records: int = 10000  # real training records behind the Frechet statistics
+
+
+@dataclass
+class ScalingConfig:
+    """Performance only: nothing here can change a sample, a noise draw or epsilon."""
+
+    name: str = "local"
+    num_workers: int = 2
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    physical_batch_size: int = 64  # work unit, in images; the noise draws of an image stay together
+    max_failures: int = 3  # restarts of the worker group
+    start_timeout_s: float = 120.0
+
+
+@dataclass
+class RunConfig:
+    storage: str = "runs"
+    name: str | None = None  # none: e.g. digits-eps10-seed0
+
+
+@dataclass
+class Config:
+    """One run, whole. `seed` drives public randomness only (initialisation, augmentation, synthetic images)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    central: CentralConfig = field(default_factory=CentralConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    dry_run: bool = False
+
+
+def expect(condition: bool, name: str, value: object, expectation: str, advice: str = "") -> None:
+    """Raises `InputError` ("name=value: expected ...; advice") unless the condition holds."""
+    if not condition:
+        raise InputError(f"{name}={value}: expected {expectation}" + (f"; {advice}" if advice else ""))
+
+
+def _positive_int(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        expect(value >= 1, f"{prefix}.{name}", value, "a whole number of at least 1")
+
+
+def _positive(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        expect(math.isfinite(value) and value > 0, f"{prefix}.{name}", value, "a finite number above 0")
+
+
+def _share(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        expect(0 <= value < 1, f"{prefix}.{name}", value, "a share in [0, 1)")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    expect(value in choices, name, value, "one of " + ", ".join(choices))
+
+
+def _validate_data(data: DataConfig) -> None:
+    _choice("data.source", data.source, SOURCES)
+    _choice("data.resize", data.resize, ("uniform", "any"))
+    _positive_int(data, "data", "image_size", "records_per_shard")
+    expect(data.channels in (1, 3), "data.channels", data.channels, "1 (grey) or 3 (colour)")
+    _share(data, "data", "test_fraction", "max_rejected_fraction")
+    needs_path = data.source != "digits"
+    expect(
+        bool(data.path) or not needs_path,
+        "data.path",
+        data.path,
+        f"where the {data.source} data lies",
+        "set data.path=... to a local path, s3:// or gs://",
+    )
+    if data.num_records is not None:
+        _positive_int(data, "data", "num_records")
+    if data.class_names is not None:
+        expect(len(data.class_names) >= 1, "data.class_names", data.class_names, "at least one class")
+        unique = len(set(data.class_names)) == len(data.class_names)
+        expect(unique, "data.class_names", data.class_names, "distinct names")
+
+
+def _validate_privacy(privacy: PrivacyConfig) -> None:
+    _positive(privacy, "privacy", "epsilon")
+    delta_ok = math.isfinite(privacy.delta) and 0 < privacy.delta < 1
+    expect(delta_ok, "privacy.delta", privacy.delta, "a number in (0, 1)", "a common choice is below 1/N")
+    # The FFT behind PLD and PRV becomes optimistic below this (docs/guarantee.md).
+    expect(privacy.delta >= 1e-10, "privacy.delta", privacy.delta, "at least 1e-10, where the accountant is sound")
+    if privacy.secret is not None:
+        scheme, _, rest = privacy.secret.partition(":")
+        expect(scheme in ("file", "env") and bool(rest), "privacy.secret", "...", "file:PATH or env:NAME")
+
+
+def _validate_central(central: CentralConfig, image_size: int) -> None:
+    if not central.enabled:
+        return
+    _choice("central.query", central.query, ("mean", "mode"))
+    _positive_int(central, "central", "num_rounds", "pool_factor")
+    q = central.sampling_prob
+    expect(0 < q <= 1, "central.sampling_prob", q, "a probability in (0, 1]")
+    if central.noise_multiplier is not None:
+        _positive(central, "central", "noise_multiplier")
+    share = central.budget_share
+    expect(0 < share < 1, "central.budget_share", share, "a share in (0, 1)")
+    _positive(central, "central", "max_norm")
+    expect(0 <= central.centre <= 1, "central.centre", central.centre, "a grey value in [0, 1]")
+    expect(
+        0 <= central.count_weight <= 10, "central.count_weight", central.count_weight, "a weight between 0 and 10"
+    )
+    expect(2 <= central.num_bins <= 256, "central.num_bins", central.num_bins, "2 to 256 bins")
+    divides = image_size % central.pool_factor == 0
+    expect(divides, "central.pool_factor", central.pool_factor, f"a divisor of data.image_size={image_size}")
+
+
+def _validate_training(config: Config) -> None:
+    warmup, finetune, model = config.warmup, config.finetune, config.model
+    _positive_int(model, "model", "base_width", "blocks_per_level", "embedding_width")
+    expect(len(model.width_multipliers) >= 1, "model.width_multipliers", model.width_multipliers, "at least one level")
+    shrink = 2 ** (len(model.width_multipliers) - 1)
+    expect(
+        config.data.image_size % shrink == 0,
+        "data.image_size",
+        config.data.image_size,
+        f"a multiple of {shrink} (model.width_multipliers has {len(model.width_multipliers)} levels)",
+        "choose another model=",
+    )
+    expect(warmup.num_steps >= 0, "warmup.num_steps", warmup.num_steps, "a whole number of at least 0")
+    _positive_int(warmup, "warmup", "batch_size")
+    _positive(warmup, "warmup", "learning_rate")
+    _positive_int(
+        finetune,
+        "finetune",
+        "num_steps",
+        "expected_batch_size",
+        "noise_multiplicity",
+        "ledger_block",
+        "checkpoint_every",
+    )
+    _positive(finetune, "finetune", "max_grad_norm", "learning_rate")
+    _share(warmup, "warmup", "label_dropout")
+    _share(finetune, "finetune", "label_dropout", "ema_decay")
+    _choice("finetune.engine", finetune.engine, ("folded", "opacus", "loop"))
+
+
+def _validate_outputs(config: Config) -> None:
+    sampling, scaling = config.sampling, config.scaling
+    _positive_int(sampling, "sampling", "num_images", "num_steps", "images_per_shard")
+    _choice("sampling.sampler", sampling.sampler, ("heun", "ddim"))
+    expect(sampling.guidance >= 0, "sampling.guidance", sampling.guidance, "a weight of at least 0")
+    fractions = sampling.class_fractions
+    if fractions is not None:
+        total_ok = min(fractions, default=-1) >= 0 and abs(sum(fractions) - 1) < 1e-6
+        expect(total_ok, "sampling.class_fractions", fractions, "shares of at least 0 that sum to 1")
+    for name in config.evaluation.classifiers:
+        _choice("evaluation.classifiers", name, ("logistic_regression", "mlp", "cnn"))
+    _positive_int(scaling, "scaling", "num_workers", "physical_batch_size")
+    _positive(scaling, "scaling", "cpus_per_worker", "start_timeout_s")
+    expect(bool(config.run.storage), "run.storage", config.run.storage, "a folder")
+    name = config.run.name
+    if name is not None:
+        safe = bool(name) and "/" not in name and not name.startswith(".")
+        expect(safe, "run.name", name, "a folder name without '/' and leading '.'")
+
+
+def validate(config: Config) -> Config:
+    """Checks every value once.
+
+    Raises:
+      InputError: naming the key, its value, what was expected and what to do.
+    """
+    _validate_data(config.data)
+    _validate_privacy(config.privacy)
+    _validate_central(config.central, config.data.image_size)
+    _validate_training(config)
+    _validate_outputs(config)
+    return config
+
+
+def run_name(config: Config) -> str:
+    """`run.name`, or the deterministic default, so that the same command resumes: `digits-eps10-seed0`."""
+    if config.run.name:
+        return config.run.name
+    easy = "" if config.central.enabled else "-nocentral"
+    return f"{config.data.name}-eps{config.privacy.epsilon:g}{easy}-seed{config.seed}"
+
+
+# What may change between two calls of the same run: where it runs and what is only looked at.
+FREE_KEYS = ("scaling", "run", "dry_run")
+
+
+def binding(config: Config) -> dict[str, Any]:
+    """The part of the configuration that a run is bound to, as plain nested dictionaries."""
+    values = asdict(config)
+    return {key: value for key, value in values.items() if key not in FREE_KEYS}
+
+
+def digest(value: object) -> str:
+    """SHA-256 (hex) of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, each with the old and the new value."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append((name, a, b))
+    return found

@@ -1,0 +1,64 @@
+"""Checkpoints of training: atomic, bound to the run's configuration, read without executing anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e2h.data.filesystem import atomic_writer
+from e2h.errors import InputError
+
+FORMAT = "e2h-checkpoint-1"
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run; keeps the newest two of each stage.
+
+    Args:
+      folder: created if absent, owner-only.
+      binding: digest of what the weights depend on; a checkpoint of another binding is refused.
+    """
+
+    def __init__(self, folder: Path, binding: str) -> None:
+        self.folder, self.binding = folder, binding
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
+        """Writes the state after `step` steps of a stage; durable when it returns."""
+        content = {"format": FORMAT, "binding": self.binding, "stage": stage, "step": step, "state": state}
+        with atomic_writer(self._path(stage, step)) as file:
+            torch.save(content, file)
+        for old in self._paths(stage)[:-2]:
+            old.unlink(missing_ok=True)
+
+    def latest(self, stage: str) -> tuple[int, dict[str, Any]] | None:
+        """The newest (step, state) of a stage, or None.
+
+        Raises:
+          InputError: if the file isn't a checkpoint of this run.
+        """
+        paths = self._paths(stage)
+        if not paths:
+            return None
+        content = self._load(paths[-1])
+        if content["binding"] != self.binding:
+            raise InputError(f"{paths[-1]}: expected a checkpoint of this configuration and data; use a new run.name")
+        return content["step"], content["state"]
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: expected a checkpoint that e2h wrote; it can't be read safely, remove it") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{path}: expected a checkpoint that e2h wrote; remove it")
+        return content
+
+    def _paths(self, stage: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{stage}-*.pt"))
+
+    def _path(self, stage: str, step: int) -> Path:
+        return self.folder / f"{stage}-{step:08d}.pt"

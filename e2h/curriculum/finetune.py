@@ -1,0 +1,214 @@
+"""The hard stage: DP-SGD on the full set (Abadi et al. 2016), each image's gradient averaged over K noise draws.
+
+A step: every worker evaluates the same addressed Poisson draw, computes the clipped sum of its units, and the optimiser
+adds the noise once. Steps are paid for in blocks, before their data is read; the step after the last paid one can't
+happen.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from e2h.config import FinetuneConfig, digest
+from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
+from e2h.curriculum.checkpoint import Checkpoints
+from e2h.curriculum.warmup import Report
+from e2h.curriculum.workers import Workers
+from e2h.data.storage import ImageSet
+from e2h.diffusion.ema import EMA
+from e2h.diffusion.losses import micro_batch_loss
+from e2h.diffusion.networks import UNet
+from e2h.errors import BudgetError
+from e2h.privacy.dpsgd import ClippedSum, make_engine
+from e2h.privacy.events import Release
+from e2h.privacy.keys import derive_key
+from e2h.privacy.ledger import Ledger
+from e2h.privacy.optimizer import SecureDPOptimizer
+from e2h.privacy.sampling import poisson_mask
+
+STAGE = "finetune"
+
+
+@dataclass(frozen=True)
+class PrivateRun:
+    """What binds the stage to its secret and its ledger.
+
+    Attributes:
+      release: the accounted event: q, sigma and T come from here and from nowhere else.
+      domain: digest of all that determines the output; keys are derived from it.
+    """
+
+    release: Release
+    ledger: Ledger
+    secret: bytes
+    domain: str
+
+    def key(self, purpose: str, *address: object) -> bytes:
+        return derive_key(self.secret, f"{STAGE}/{purpose}", self.domain, *address)
+
+
+def fingerprint(device: torch.device, physical_batch_size: int) -> str:
+    """What floating-point results depend on beside the inputs: a replay elsewhere is not the same release."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return digest([torch.__version__, device.type, name, torch.get_num_threads(), physical_batch_size])
+
+
+def finetune(
+    network: UNet,
+    records: ImageSet,
+    settings: FinetuneConfig,
+    private: PrivateRun,
+    seed: int,
+    physical_batch_size: int,
+    workers: Workers,
+    checkpoints: Checkpoints,
+    report: Report,
+    progress: Callable[[int], None],
+) -> EMA:
+    """Trains `network` in place and returns the average of its weights.
+
+    Args:
+      network: weights after the warm-up (or fresh); overwritten by the newest checkpoint of this stage.
+      records: the whole training split, memory-mapped; each worker reads only its own units.
+      report: report(metric, value, step) on rank 0; sensitive metrics are declared so.
+      progress: called with the number of finished steps, on every worker, after each step.
+
+    Raises:
+      BudgetError: if a step can't be paid.
+    """
+    network.to(workers.device).train()
+    ema = EMA(network, settings.ema_decay)
+    optimizer = _optimizer(network, settings, private, workers)
+    first = _resume(network, ema, optimizer, private, checkpoints)
+    engine = make_engine(
+        settings.engine, network, micro_batch_loss, settings.max_grad_norm, settings.noise_multiplicity
+    )
+    event, paid_until = private.release.event, first
+    mask_key = private.key("sampling")
+    for step in range(first, event.count):
+        if step >= paid_until:
+            paid_until = pay(private, step, settings.ledger_block, workers)
+        selected = np.flatnonzero(poisson_mask(mask_key, step, records.ids, event.sampling_prob))
+        clipped = []
+        for unit in work_units(len(selected), physical_batch_size, workers.rank, workers.size):
+            batch, weights = _micro_batch(network, records, selected[unit], settings, seed, step, physical_batch_size)
+            batch = {name: value.to(workers.device) for name, value in batch.items()}
+            clipped.append(engine.accumulate(batch, weights.to(workers.device)))
+            optimizer.accumulate(clipped[-1])
+        optimizer.step_private(step, len(selected))
+        ema.update(network)
+        _finish_step(step + 1, network, ema, optimizer, settings, event.count, clipped, workers, checkpoints, report)
+        progress(step + 1)
+    return ema
+
+
+def pay(private: PrivateRun, step: int, block: int, workers: Workers) -> int:
+    """Charges the block of steps from `step` on; returns the first step that is not paid.
+
+    Rank 0 writes the ledger; the others learn what is paid from it, so no one computes an unpaid step.
+    """
+    stop = min(step + block, private.release.event.count)
+    paid = torch.zeros(1, dtype=torch.int64, device=workers.device)
+    failure: Exception | None = None
+    if workers.rank == 0:
+        try:
+            private.ledger.spend(STAGE, private.release.event, private.domain, step, stop)
+            paid[0] = stop
+        except Exception as error:
+            failure = error
+    workers.sum_integers(paid)
+    if failure is not None:
+        raise failure
+    if int(paid) <= step:
+        raise BudgetError(f"step {step} was not paid for; the ledger's writer says why")
+    return int(paid)
+
+
+def _optimizer(network: UNet, settings: FinetuneConfig, private: PrivateRun, workers: Workers) -> SecureDPOptimizer:
+    return SecureDPOptimizer(
+        torch.optim.Adam(network.parameters(), lr=settings.learning_rate),
+        noise_multiplier=private.release.event.noise_multiplier,
+        max_grad_norm=settings.max_grad_norm,
+        expected_batch_size=settings.expected_batch_size,  # q * N, by construction of the plan
+        noise_key=lambda step: private.key("noise", step),
+        sum_integers=workers.sum_integers,
+        rank=workers.rank,
+        num_workers=workers.size,
+    )
+
+
+def _resume(
+    network: UNet, ema: EMA, optimizer: SecureDPOptimizer, private: PrivateRun, checkpoints: Checkpoints
+) -> int:
+    saved = checkpoints.latest(STAGE)
+    if saved is None:
+        return 0
+    step, state = saved
+    unpaid = set(range(step)) - private.ledger.paid(STAGE, private.domain)
+    if unpaid:
+        raise BudgetError(
+            f"checkpoint of step {step}: {len(unpaid)} of its steps are not in the ledger under this key, data, code and "
+            "machine; the ledger lost entries or the run moved, so it can't be continued; start a new run.name"
+        )
+    network.load_state_dict(state["network"])
+    ema.load_state_dict(state["ema"])
+    optimizer.original_optimizer.load_state_dict(state["optimizer"])
+    return step
+
+
+def _micro_batch(
+    network: UNet,
+    records: ImageSet,
+    places: np.ndarray,
+    settings: FinetuneConfig,
+    seed: int,
+    step: int,
+    size: int,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A unit padded to its fixed shape with copies of its first record, which weigh 0."""
+    padded = np.concatenate([places, np.full(size - len(places), places[0])])
+    seeds = addressed_seeds(seed, STAGE, step, records.ids[padded])
+    batch = make_batch(
+        np.asarray(records.images[padded]),
+        np.asarray(records.labels[padded]),
+        seeds,
+        settings.noise_multiplicity,
+        settings.label_dropout,
+        network.num_classes,
+    )
+    weights = torch.zeros(size)
+    weights[: len(places)] = 1.0
+    return batch, weights
+
+
+def _finish_step(
+    done: int,
+    network: UNet,
+    ema: EMA,
+    optimizer: SecureDPOptimizer,
+    settings: FinetuneConfig,
+    num_steps: int,
+    clipped: list[ClippedSum],
+    workers: Workers,
+    checkpoints: Checkpoints,
+    report: Report,
+) -> None:
+    if workers.rank != 0:
+        return
+    if clipped:
+        # Of this worker's share; computed on private data without noise, so these are sensitive.
+        norms = torch.cat([c.norms for c in clipped])
+        report("finetune/loss", float(torch.cat([c.losses for c in clipped]).mean()), done)
+        report("finetune/clipped_fraction", float((norms > settings.max_grad_norm).float().mean()), done)
+    if done % settings.checkpoint_every == 0 or done == num_steps:
+        state = {
+            "network": network.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.original_optimizer.state_dict(),
+        }
+        checkpoints.save(STAGE, done, state)

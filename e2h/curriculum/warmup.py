@@ -1,0 +1,96 @@
+"""Warm-up: ordinary training on the released central images. Post-processing, so it costs no privacy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from e2h.config import WarmupConfig
+from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
+from e2h.curriculum.checkpoint import Checkpoints
+from e2h.curriculum.workers import Workers
+from e2h.diffusion.losses import micro_batch_loss
+from e2h.diffusion.networks import UNet
+
+STAGE = "warmup"
+# Units of a step: enough for several workers to share it.
+UNITS_PER_STEP = 4
+CHECKPOINT_EVERY = 500
+REPORT_EVERY = 50
+
+Report = Callable[[str, float, int], None]
+
+
+def warm_up(
+    network: UNet,
+    images: np.ndarray,
+    labels: np.ndarray,
+    warmup: WarmupConfig,
+    seed: int,
+    workers: Workers,
+    checkpoints: Checkpoints,
+    report: Report,
+    progress: Callable[[int], None],
+) -> None:
+    """Trains `network` in place by Adam on the EDM loss (K = 1) with small random shifts.
+
+    Args:
+      network: starts from its present weights, or from the newest checkpoint of this stage.
+      images: central images, uint8 [M, H, W, C].
+      labels: int64 [M]; -1 is "no label".
+      seed: public.
+      report: called on rank 0 as report(metric, value, step).
+      progress: called with the number of finished steps, on every worker, after each step.
+    """
+    optimizer = torch.optim.Adam(network.parameters(), lr=warmup.learning_rate)
+    first = 0
+    if saved := checkpoints.latest(STAGE):
+        first, state = saved
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+    parameters = list(network.parameters())
+    network.to(workers.device).train()
+    for step in range(first, warmup.num_steps):
+        loss = _step(network, images, labels, warmup, seed, step, workers)
+        workers.sum_gradients(parameters)
+        optimizer.step()
+        done = step + 1
+        if workers.rank == 0 and (done % REPORT_EVERY == 0 or done == warmup.num_steps):
+            report("warmup/loss", loss, done)
+        if workers.rank == 0 and (done % CHECKPOINT_EVERY == 0 or done == warmup.num_steps):
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoints.save(STAGE, done, state)
+        progress(done)
+
+
+def _step(
+    network: UNet, images: np.ndarray, labels: np.ndarray, warmup: WarmupConfig, seed: int, step: int, workers: Workers
+) -> float:
+    """Gradients of this worker's units of the step, scaled so that the sum over workers is the batch's mean."""
+    places = np.arange(warmup.batch_size)
+    seeds = addressed_seeds(seed, STAGE, step, places)
+    generator = np.random.default_rng((seed, step))
+    chosen = generator.integers(0, len(images), warmup.batch_size)
+    shifts = generator.integers(-warmup.max_shift, warmup.max_shift + 1, (warmup.batch_size, 2))
+    network.zero_grad()
+    total = 0.0
+    size = -(-warmup.batch_size // UNITS_PER_STEP)
+    for unit in work_units(warmup.batch_size, size, workers.rank, workers.size):
+        shifted = np.stack([shift(images[i], *offset) for i, offset in zip(chosen[unit], shifts[unit], strict=True)])
+        batch = make_batch(shifted, labels[chosen[unit]], seeds[unit], 1, warmup.label_dropout, network.num_classes)
+        losses = micro_batch_loss(network, {name: value.to(workers.device) for name, value in batch.items()})
+        (losses.sum() / warmup.batch_size).backward()
+        total += float(losses.detach().mean())
+    return total
+
+
+def shift(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """The image [H, W, C] moved by whole pixels, its border repeated."""
+    if down == 0 and right == 0:
+        return image
+    height, width = image.shape[:2]
+    rows = np.clip(np.arange(height) - down, 0, height - 1)
+    columns = np.clip(np.arange(width) - right, 0, width - 1)
+    return image[rows][:, columns]

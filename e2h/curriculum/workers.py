@@ -1,0 +1,48 @@
+"""The group of processes that train together: in process, under torchrun, or under Ray Train alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Gradients as whole multiples of 2^-36: integer sums don't depend on the order, hence not on the number of workers.
+GRADIENT_GRID = 2.0**36
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among `size` equals.
+
+    Attributes:
+      rank: 0 <= rank < size; rank 0 writes files.
+      device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @staticmethod
+    def current(device: torch.device | str = "cpu") -> Workers:
+        """The default process group, or this process alone where there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return Workers(dist.get_rank(), dist.get_world_size(), torch.device(device))
+        return Workers(0, 1, torch.device(device))
+
+    def sum_integers(self, values: Tensor) -> None:
+        """Sums an int64 tensor over all workers, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+
+    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Sums `grad` of all parameters over the workers; bit-identical for any number of them."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
+        total = (flat * GRADIENT_GRID).round().to(torch.int64)
+        self.sum_integers(total)
+        summed = (total.double() / GRADIENT_GRID).float()
+        for parameter, part in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)

@@ -1,0 +1,97 @@
+"""The user's terminal: one line a stage, one live status line while training, plain lines in a log."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from e2h.config import Config
+from e2h.privacy.plan import PrivacyPlan
+
+POLL_S = 0.5
+LOG_LINE_EVERY_S = 15.0
+
+
+def say(stage: str, text: str) -> None:
+    """One line: the stage's name and what came of it."""
+    print(f"{stage:<10} {text}", flush=True)
+
+
+def show_plan(plan: PrivacyPlan, epsilons_alone: dict[str, float]) -> None:
+    """What will be released and what it costs, before anything is spent."""
+    say("plan", f"N {plan.num_records}, epsilon {plan.bound.epsilon:.4f} of {plan.target_epsilon:g} at delta {plan.delta:g}")
+    print(f"{'':<10} {'release':<10}{'q':>9}{'steps':>8}{'noise':>10}{'epsilon alone':>15}")
+    for release in plan.releases:
+        event = release.event
+        row = f"{event.sampling_prob:>9.4f}{event.count:>8}{event.noise_multiplier:>10.4f}"
+        print(f"{'':<10} {release.name:<10}{row}{epsilons_alone[release.name]:>15.4f}")
+    print(f"{'':<10} RDP, the cross-check, says {plan.bound.epsilon_rdp:.4f}", flush=True)
+    for warning in plan.warnings:
+        say("warning", warning)
+
+
+@contextmanager
+def training_status(path: Path, config: Config, schedule: list[tuple[int, float]], target: float) -> Iterator[None]:
+    """While the block runs, shows the progress that rank 0 writes to `path`."""
+    stop = threading.Event()
+    path.unlink(missing_ok=True)
+    status = _Status(path, config, schedule, target)
+    thread = threading.Thread(target=status.follow, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+class _Status:
+    def __init__(self, path: Path, config: Config, schedule: list[tuple[int, float]], target: float) -> None:
+        self.path, self.schedule, self.target = path, schedule, target
+        self.totals = {"warmup": config.warmup.num_steps, "finetune": config.finetune.num_steps}
+        self.batch = {"warmup": config.warmup.batch_size, "finetune": config.finetune.expected_batch_size}
+        self.first: dict[str, tuple[int, float]] = {}
+        self.live = sys.stdout.isatty()
+        self.width, self.last_log = 0, time.monotonic()
+
+    def follow(self, stop: threading.Event) -> None:
+        while not stop.wait(POLL_S):
+            try:
+                now = json.loads(self.path.read_text())
+            except (OSError, ValueError):
+                continue
+            self._show(self._line(now["stage"], now["step"]))
+        if self.live and self.width:
+            print("\r" + " " * self.width + "\r", end="", flush=True)
+
+    def _line(self, stage: str, step: int) -> str:
+        total, now = self.totals[stage], time.monotonic()
+        first_step, first_time = self.first.setdefault(stage, (step, now))
+        rate = (step - first_step) / (now - first_time) if step > first_step else 0.0
+        left = f"eta {_duration((total - step) / rate)}" if rate else "eta ?"
+        spent = f" eps {self._epsilon(step):.2f}/{self.target:.2f}" if stage == "finetune" else ""
+        return f"{stage:<10} step {step}/{total} {step / total:.0%}{spent} {rate * self.batch[stage]:.0f} img/s {left}"
+
+    def _epsilon(self, step: int) -> float:
+        # The next point of the schedule: never below what has been charged.
+        return next((epsilon for paid, epsilon in self.schedule if paid >= step), self.schedule[-1][1])
+
+    def _show(self, line: str) -> None:
+        if self.live:
+            print("\r" + line.ljust(self.width), end="", flush=True)
+            self.width = max(self.width, len(line))
+        elif time.monotonic() - self.last_log >= LOG_LINE_EVERY_S:
+            self.last_log = time.monotonic()
+            print(line, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,95 @@
+"""A Ray session that leaves the user's terminal alone: one machine's own Ray, or the cluster that runs the job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from e2h.config import ScalingConfig, expect
+
+# Ray reads these when it is imported, in this process and in those it starts.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_NUM_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "GRPC_VERBOSITY": "NONE",
+    "PYTHONWARNINGS": "ignore",
+}
+LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
+
+
+@contextmanager
+def session(scaling: ScalingConfig) -> Iterator[None]:
+    """Connects to the cluster of RAY_ADDRESS, or starts Ray on this machine; stops what it started.
+
+    Raises:
+      InputError: if the cluster can never hold the workers.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        _start(scaling)
+    try:
+        _quiet_data()
+        _check_resources(scaling)
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _start(scaling: ScalingConfig) -> None:
+    import ray
+
+    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**common)
+            return
+        cpus = max(os.cpu_count() or 1, round(scaling.num_workers * scaling.cpus_per_worker))
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **common,
+        )
+
+
+def _quiet_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_resources(scaling: ScalingConfig) -> None:
+    import ray
+
+    available = ray.cluster_resources()
+    needed = {"CPU": scaling.num_workers * scaling.cpus_per_worker, "GPU": scaling.num_workers * scaling.use_gpu}
+    for kind, amount in needed.items():
+        most = available.get(kind, 0.0)
+        expect(
+            amount <= most,
+            "scaling.num_workers",
+            scaling.num_workers,
+            f"at most what this cluster has: {most:g} {kind}, while {amount:g} {kind} are asked for",
+            "lower scaling.num_workers or add nodes",
+        )

@@ -1,0 +1,197 @@
+"""Every stage of a run: skips what is done, does its work on Ray, and leaves `_SUCCESS.json`.
+
+`jobs/pipeline.py` calls them in this order; each of the other jobs calls one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from e2h.config import Config, digest, expect
+from e2h.curriculum.central import CentralQuery
+from e2h.curriculum.run import Run
+from e2h.curriculum.synthesis import image_labels, shard_path
+from e2h.data.exports import read_hf_parquet, write_hf_parquet
+from e2h.data.filesystem import write_bytes
+from e2h.data.images import grid, upscale, write_png
+from e2h.data.prepare import finish_prepared
+from e2h.data.sources import open_source
+from e2h.data.storage import Prepared, load_split, open_prepared
+from e2h.distributed import datasets
+from e2h.distributed.console import say, show_plan, training_status
+from e2h.distributed.training import PROGRESS_FILE, train_on_workers
+from e2h.errors import InputError
+from e2h.evaluation.evaluate import evaluate as measure
+from e2h.privacy.keys import derive_key
+from e2h.privacy.plan import PrivacyPlan, make_plan, read_plan
+from e2h.reporting.metrics import MetricWriter
+from e2h.reporting.publish import publish as build_release
+
+GRID_SIDE = 320
+
+
+def prepare(run: Run) -> Prepared:
+    """Private images in any supported layout -> canonical shards (sensitive)."""
+    if not run.done("prepare"):
+        source = open_source(run.config.data)
+        # Built aside: `prepared/` is whole or absent.
+        building = run.root / ".preparing"
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(run.prepared, ignore_errors=True)
+        try:
+            stats = datasets.prepare_shards(source, run.config.data, str(building))
+            finish_prepared(str(building), source, run.config.data, stats)
+            building.rename(run.prepared)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        run.mark_done("prepare")
+    prepared = open_prepared(run.prepared)
+    facts = prepared.manifest
+    rejected = f", {facts.num_rejected} rejected (prepared/rejected.jsonl)" if facts.num_rejected else ""
+    shape = f"{facts.image_size}x{facts.image_size}x{facts.channels}"
+    say("prepare", f"{facts.num_train} training + {facts.num_test} test images, {shape}, {len(facts.class_names)} classes{rejected}")
+    return prepared
+
+
+def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
+    """Solves every noise multiplier for the target and opens the budget; spends nothing."""
+    path = run.root / "plan.json"
+    facts = prepared.manifest
+    if run.ledger.budget() is None:
+        plan = make_plan(run.config, facts.num_listed_train, facts.class_names)
+        write_bytes(path, json.dumps(plan.to_json(), indent=2).encode())
+        run.ledger.open(plan.budget)
+    plan, content = read_plan(json.loads(path.read_text())), json.loads(path.read_text())
+    show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
+    return plan
+
+
+def dry_run(config: Config, root: Path) -> PrivacyPlan:
+    """Plans without data, Ray, or spending: writes `plan.json` and prints it."""
+    source = open_source(config.data)
+    num_records = config.data.num_records or source.num_train
+    plan = make_plan(config, num_records, source.class_names)
+    content = plan.to_json()
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
+    show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
+    return plan
+
+
+def release_central_images(run: Run, prepared: Prepared, plan: PrivacyPlan) -> None:
+    """The easy stage: one pass over the data, noise once, central images (event 1)."""
+    if not run.config.central.enabled:
+        return
+    if not run.done("central"):
+        facts, event = prepared.manifest, plan.release("central").event
+        query = CentralQuery(
+            run.config.central, facts.image_size, facts.channels, len(facts.class_names), plan.num_records
+        )
+        machine = digest([np.__version__, platform.machine()])
+        domain = run.domain(event.to_json(), facts.digest, machine)
+        run.ledger.spend("central", event, domain, 0, event.count)
+        sums = datasets.central_sums(run, prepared, query, domain)
+        noise_key = derive_key(run.secret(), "central/noise", domain)
+        released = query.release(sums, noise_key, event.noise_multiplier)
+        _write_central(run, query.decode(released, event.noise_multiplier), facts.class_names)
+        write_bytes(run.central / "event.json", json.dumps(event.to_json(), indent=2).encode())
+        run.mark_done("central")
+    num_rounds, kind = run.config.central.num_rounds, run.config.central.query
+    say("central", f"{num_rounds} noisy {kind} images a class released (central/grid.png)")
+
+
+def _write_central(run: Run, images: np.ndarray, class_names: tuple[str, ...]) -> None:
+    """images: uint8 [rounds, groups, H, W, C]."""
+    num_rounds, num_groups = images.shape[:2]
+    labels = np.arange(num_groups) if run.config.central.class_conditional else np.full(num_groups, -1)
+    run.central.mkdir(exist_ok=True, mode=0o700)
+    flat = images.reshape(-1, *images.shape[2:])
+    rounds = np.repeat(np.arange(num_rounds), num_groups)
+    write_hf_parquet(run.central / "images.parquet", flat, np.tile(labels, num_rounds), class_names, {"round": rounds})
+    _write_grid(run, "central/grid", run.central / "grid.png", flat, num_groups)
+
+
+def _write_grid(run: Run, metric: str, path: Path, images: np.ndarray, columns: int) -> None:
+    picture = upscale(grid(images, columns), GRID_SIDE)
+    write_png(path, picture)
+    with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
+        metrics.image(metric, picture, 0)
+
+
+def train(run: Run, plan: PrivacyPlan) -> None:
+    """Warm-up on the central images, then DP-SGD (event 2); on Ray Train workers."""
+    if not run.done("train"):
+        schedule = [tuple(point) for point in json.loads((run.root / "plan.json").read_text())["epsilon_schedule"]]
+        start = time.monotonic()
+        with training_status(run.root / PROGRESS_FILE, run.config, schedule, plan.target_epsilon):
+            train_on_workers(run, plan.release("finetune"))
+        say("train", f"warm-up and {run.config.finetune.num_steps} DP-SGD steps in {time.monotonic() - start:.0f} s")
+        run.mark_done("train")
+    spent = run.ledger.cost(run.ledger.charged(), plan.delta)
+    say("ledger", f"epsilon {spent:.4f} of {plan.target_epsilon:g} spent at delta {plan.delta:g}, all stages together")
+
+
+def sample(run: Run) -> None:
+    """Synthetic images from the released weights."""
+    expect(run.weights.exists(), "run.name", run.root.name, "a trained run", "run the train job first")
+    facts = open_prepared(run.prepared).manifest
+    labels = image_labels(run.config.sampling, len(facts.class_names))
+    num_shards = -(-len(labels) // run.config.sampling.images_per_shard)
+    if not run.done("sample"):
+        run.synthetic.mkdir(exist_ok=True, mode=0o700)
+        datasets.synthesize(run, num_shards)
+        columns = len(facts.class_names)
+        images, shown = read_hf_parquet([shard_path(run.synthetic, 0)])
+        by_class = [np.flatnonzero(shown == label)[:8] for label in range(columns)]
+        rows = min(len(places) for places in by_class)
+        picked = np.stack([places[:rows] for places in by_class], axis=1).reshape(-1)
+        _write_grid(run, "synthetic/grid", run.synthetic / "grid.png", images[picked], columns)
+        run.mark_done("sample")
+    say("sample", f"{len(labels)} synthetic images (synthetic/grid.png)")
+
+
+def evaluate(run: Run) -> None:
+    """Train on synthetic, test on real: sensitive, for the data's owner only."""
+    if not run.config.evaluation.enabled:
+        return
+    if not run.evaluation.exists():
+        result = ray.get(ray.remote(_evaluate).remote(run))
+        with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
+            for name, value in result["downstream"].items():
+                metrics.scalar(f"evaluation/{name}", value["accuracy"], 0)
+            metrics.scalar("evaluation/frechet", result["frechet"]["distance"], 0)
+        write_bytes(run.evaluation, json.dumps(result, indent=2).encode())
+    result = json.loads(run.evaluation.read_text())
+    accuracies = ", ".join(f"{name} {value['accuracy']:.3f}" for name, value in result["downstream"].items())
+    say("evaluate", f"accuracy on {result['num_real_test']} real test images: {accuracies} (sensitive)")
+
+
+def _evaluate(run: Run) -> dict:
+    config = run.config
+    prepared = open_prepared(run.prepared)
+    real_train, real_test = load_split(prepared, "train"), load_split(prepared, "test")
+    return measure(
+        read_hf_parquet(sorted(run.synthetic.glob("part-*.parquet"))),
+        (real_train.images, real_train.labels),
+        (real_test.images, real_test.labels),
+        config.evaluation,
+        config.seed,
+        prepared.manifest.class_names,
+    )
+
+
+def publish(run: Run) -> Path:
+    """`release/`: the only folder to publish, and the report for its owner."""
+    if not run.done("sample"):
+        raise InputError(f"run.name={run.root.name}: expected synthetic images; run the sample job first")
+    release = build_release(run.root)
+    say("publish", f"to publish: {release}")
+    say("", f"for you alone: {run.root / 'report.html'}")
+    return release

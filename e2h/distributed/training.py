@@ -1,0 +1,109 @@
+"""Ray Train: the curriculum's worker loop on 1 to N workers, restarted by Ray where one is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from e2h.curriculum.run import Run
+from e2h.curriculum.train import train
+from e2h.curriculum.workers import Workers
+from e2h.data.filesystem import write_bytes
+from e2h.distributed.failures import budget_refusal, refusal
+from e2h.errors import BudgetError, InputError
+from e2h.privacy.events import Release
+from e2h.reporting.metrics import MetricWriter
+
+PROGRESS_FILE = "progress.json"
+PROGRESS_EVERY_S = 0.5
+
+
+def train_on_workers(run: Run, release: Release) -> None:
+    """Warms up and fine-tunes on `scaling.num_workers` workers; returns when the final weights are written.
+
+    Raises:
+      InputError, BudgetError: what a worker refused.
+    """
+    note = run.root / "refused.json"
+    note.unlink(missing_ok=True)
+    storage = run.root / "ray"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"run": run, "release": release},
+        scaling_config=_scaling(run),
+        run_config=RunConfig(
+            name=f"train-{int(time.time() * 1000)}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=run.config.scaling.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if run.config.scaling.use_gpu else "gloo"),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        _raise_refusal(error)
+        raise
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if note.exists():
+        refused = json.loads(note.read_text())
+        raise {"budget": BudgetError, "input": InputError}[refused["kind"]](refused["message"])
+
+
+def _scaling(run: Run) -> ScalingConfig:
+    scaling = run.config.scaling
+    return ScalingConfig(
+        num_workers=scaling.num_workers,
+        use_gpu=scaling.use_gpu,
+        resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
+    )
+
+
+def _raise_refusal(error: BaseException) -> None:
+    if message := budget_refusal(error):
+        raise BudgetError(message) from None
+    if message := refusal(error):
+        raise InputError(message) from None
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One worker. A refusal ends all of them in order, and the driver reads it from the note: no restarts, no trace."""
+    run: Run = config["run"]
+    workers = Workers.current(ray.train.torch.get_device())
+    metrics = MetricWriter(run.root, run.config.privacy.test_mode) if workers.rank == 0 else None
+    progress = _Progress(run.root / PROGRESS_FILE) if workers.rank == 0 else None
+    try:
+        train(
+            run,
+            config["release"],
+            workers,
+            metrics.scalar if metrics else lambda name, value, step: None,
+            progress.update if progress else lambda stage, step: None,
+        )
+    except (BudgetError, InputError) as error:
+        if workers.rank == 0:
+            kind = "budget" if isinstance(error, BudgetError) else "input"
+            write_bytes(run.root / "refused.json", json.dumps({"kind": kind, "message": str(error)}).encode())
+    finally:
+        if metrics:
+            metrics.close()
+
+
+class _Progress:
+    """Where the driver's status line reads from; written at most twice a second."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.written = path, 0.0
+
+    def update(self, stage: str, step: int) -> None:
+        now = time.monotonic()
+        if now - self.written >= PROGRESS_EVERY_S:
+            self.written = now
+            write_bytes(self.path, json.dumps({"stage": stage, "step": step}).encode())

@@ -1,0 +1,12 @@
+"""The two ways in which e2h refuses; every job turns them into one line and an exit code."""
+
+
+class InputError(ValueError):
+    """A configuration or an input that can't be used (exit code 2).
+
+    The message reads ``name=value``, what was expected, and what to do next.
+    """
+
+
+class BudgetError(RuntimeError):
+    """The privacy budget does not allow what was asked (exit code 3)."""

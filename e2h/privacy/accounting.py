@@ -1,0 +1,159 @@
+"""epsilon(delta) of composed releases, and the noise multiplier that spends exactly what is left.
+
+PLD (privacy loss distributions; Koskela et al. 2020, Doroshenko et al. 2022) decides, RDP (Mironov 2017) is the
+cross-check: both are upper bounds, so the smaller one is claimed. PLD's discretisation makes it needlessly large for
+tiny q and many steps, where RDP wins; below delta = 1e-10 its FFT becomes optimistic and it is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from e2h.errors import BudgetError
+from e2h.privacy.events import PoissonSampledGaussian, Release, compose
+
+# Add-or-remove one record in its zero-out form: the record's contribution is replaced by nothing, so N is public.
+NEIGHBOURING_RELATION = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+MIN_DELTA = 1e-10
+# Integer orders and quarters where large epsilons have their optimum. Any set of orders gives a valid bound; orders
+# below 2 do not converge at large q, and dp_accounting says so once for each.
+RDP_ORDERS = (*(2 + i / 4 for i in range(24)), *range(8, 64), 80, 96, 128, 192, 256, 512, 1024)
+logging.getLogger("absl").setLevel(logging.ERROR)
+MAX_NOISE_MULTIPLIER = 1e5
+# Discretisation of the privacy loss: the claim uses the fine grid (dp_accounting's default), the search both.
+FINE_GRID = 1e-4
+COARSE_GRID = 1e-3
+# How far below the target a calibrated plan may stay (relative); it is never above.
+TOLERANCE = 2e-4
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A valid upper bound on epsilon and where it comes from."""
+
+    epsilon: float
+    accountant: str  # "pld" | "rdp"
+    epsilon_pld: float
+    epsilon_rdp: float
+
+
+def epsilon_pld(releases: Sequence[Release], delta: float, grid: float = FINE_GRID) -> float:
+    """Epsilon by privacy loss distributions; `grid` is the discretisation of the loss, coarser is larger and faster.
+
+    Raises:
+      ValueError: if delta is below `MIN_DELTA`, where the numerical convolution is optimistic.
+    """
+    return epsilon_curve(releases, [delta], grid)[0]
+
+
+def epsilon_curve(releases: Sequence[Release], deltas: Sequence[float], grid: float = FINE_GRID) -> list[float]:
+    """`epsilon_pld` at several deltas, composed once."""
+    if min(deltas) < MIN_DELTA:
+        raise ValueError(f"delta={min(deltas)}: expected at least {MIN_DELTA}")
+    accountant = PLDAccountant(NEIGHBOURING_RELATION, grid)
+    accountant.compose(compose(releases))
+    return [max(0.0, float(accountant.get_epsilon(delta))) for delta in deltas]
+
+
+def epsilon_rdp(releases: Sequence[Release], delta: float) -> float:
+    """Epsilon by Renyi differential privacy over `RDP_ORDERS`."""
+    accountant = RdpAccountant(RDP_ORDERS, neighboring_relation=NEIGHBOURING_RELATION)
+    accountant.compose(compose(releases))
+    return max(0.0, float(accountant.get_epsilon(delta)))
+
+
+def epsilon(releases: Sequence[Release], delta: float) -> Bound:
+    """The smallest proven epsilon of all `releases` together at `delta`."""
+    charged = [release for release in releases if release.event.count > 0]
+    if not charged:
+        return Bound(0.0, "pld", 0.0, 0.0)
+    pld, rdp = epsilon_pld(charged, delta), epsilon_rdp(charged, delta)
+    return Bound(min(pld, rdp), "pld" if pld <= rdp else "rdp", pld, rdp)
+
+
+def calibrate(spent: Sequence[Release], name: str, event: PoissonSampledGaussian, target: float, delta: float) -> Release:
+    """The release `name` with the smallest noise multiplier so that `spent` and it stay within (target, delta).
+
+    Args:
+      spent: releases already made or planned.
+      event: sampling probability and count of the new release; its noise multiplier is ignored.
+      target: total epsilon, above 0.
+
+    Returns:
+      A release whose composition with `spent` costs between (1 - TOLERANCE) * target and target.
+
+    Raises:
+      BudgetError: if `spent` leaves nothing.
+    """
+
+    def release(noise_multiplier: float) -> Release:
+        return Release(name, replace(event, noise_multiplier=noise_multiplier))
+
+    @functools.cache
+    def cost(bound: Callable[[Sequence[Release], float], float], noise_multiplier: float) -> float:
+        return bound([*spent, release(noise_multiplier)], delta)
+
+    already = epsilon(spent, delta).epsilon
+    if already >= target or cost(_certified, MAX_NOISE_MULTIPLIER) > target:
+        raise BudgetError(
+            f"privacy.epsilon={target:g}: {', '.join(r.name for r in spent)} alone costs epsilon {already:.4g} at "
+            f"delta {delta:g} and leaves nothing for {name}; give it more noise, fewer rounds, or raise the target"
+        )
+    # Every solution here is safe, and each is a close start for the next, slower accountant.
+    high = _smallest(lambda s: cost(epsilon_rdp, s), target, 1e-2, MAX_NOISE_MULTIPLIER)
+    for bound, step in ((_coarse, 1.2), (_certified, 1.003)):
+        high = _improve(functools.partial(cost, bound), target, high, step)
+    return release(high)
+
+
+def _coarse(releases: Sequence[Release], delta: float) -> float:
+    return epsilon_pld(releases, delta, COARSE_GRID)
+
+
+def _certified(releases: Sequence[Release], delta: float) -> float:
+    return epsilon(releases, delta).epsilon
+
+
+def _improve(cost: Callable[[float], float], target: float, start: float, step: float) -> float:
+    """The smallest noise multiplier, searched downwards from `start` (upwards if `start` costs too much)."""
+    high = low = start
+    if (1 - TOLERANCE) * target <= cost(start) <= target:
+        return start
+    while cost(high) > target:
+        low, high, step = high, high * step, step**2
+    while low == high or cost(low) <= target:
+        high, low, step = low, low / step, step**2
+    return _smallest(cost, target, low, high)
+
+
+def _smallest(cost: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Smallest x in [low, high] with cost(x) <= target, from the safe side; cost falls with x.
+
+    Interpolates in log-log (epsilon is nearly a power of the noise multiplier), falling back on bisection.
+    """
+    cost_low, cost_high = cost(low), cost(high)
+    if cost_low <= target:
+        return low
+    for attempt in range(100):
+        if cost_high >= (1 - TOLERANCE) * target or high / low < 1 + 1e-7:
+            break
+        x = math.sqrt(low * high)
+        if math.isfinite(cost_low) and cost_high > 0 and attempt % 3 != 2:
+            slope = math.log(cost_low / cost_high) / math.log(low / high)
+            # Aim at the middle of the tolerance, so that the guess lands on the safe side.
+            x = high * (target * (1 - TOLERANCE / 2) / cost_high) ** (1 / slope)
+            x = min(max(x, low * (high / low) ** 0.01), low * (high / low) ** 0.99)
+        value = cost(x)
+        if value <= target:
+            high, cost_high = x, value
+        else:
+            low, cost_low = x, value
+    return high

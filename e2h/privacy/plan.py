@@ -1,0 +1,185 @@
+"""The one place that couples the privacy modules: from public settings to every release, its cost, and words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import e2h
+from e2h.config import CentralConfig, Config, expect
+from e2h.errors import BudgetError
+from e2h.privacy.accounting import COARSE_GRID, NEIGHBOURING_RELATION, RDP_ORDERS, Bound, calibrate, epsilon, epsilon_curve, epsilon_pld
+from e2h.privacy.events import PoissonSampledGaussian, Release
+from e2h.privacy.ledger import Budget
+
+REPORTED_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Every release of a run before anything is spent. All of it is public."""
+
+    target_epsilon: float
+    delta: float
+    num_records: int
+    class_names: tuple[str, ...]
+    releases: tuple[Release, ...]
+    bound: Bound
+    not_private: bool
+
+    def release(self, name: str) -> Release:
+        return next(release for release in self.releases if release.name == name)
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.target_epsilon, self.delta, NEIGHBOURING_RELATION.name, self.releases)
+
+    @property
+    def warnings(self) -> list[str]:
+        found = []
+        if self.delta >= 1 / self.num_records:
+            found.append(
+                f"privacy.delta={self.delta:g} is not below 1/N = 1/{self.num_records} = {1 / self.num_records:.3g}: a "
+                "mechanism that publishes one record at random would satisfy such a delta; choose a smaller one"
+            )
+        if self.not_private:
+            found.append("NOT PRIVATE: privacy.test_mode=true uses a published secret; anyone can subtract the noise")
+        return found
+
+    def epsilon_after(self, num_steps: int) -> float:
+        """Epsilon spent once `num_steps` DP-SGD steps have been charged."""
+        *before, last = self.releases
+        return epsilon_pld([*before, Release(last.name, replace(last.event, count=num_steps))], self.delta, COARSE_GRID)
+
+    def epsilon_schedule(self, points: int = 8) -> list[tuple[int, float]]:
+        """(steps charged, epsilon) at evenly spaced steps of the last release, for the status line."""
+        total = self.releases[-1].event.count
+        steps = sorted({max(1, round(total * i / points)) for i in range(1, points)})
+        return [*((step, self.epsilon_after(step)) for step in steps), (total, self.bound.epsilon)]
+
+    def statement(self) -> list[str]:
+        """The guarantee in sentences that a data-protection officer can quote."""
+        return [
+            f"Everything in this release is ({self.bound.epsilon:.4g}, {self.delta:g})-differentially private.",
+            "Unit of protection: one record (one image with its label). Neighbouring data sets: one record's "
+            "contribution is replaced by nothing (add-or-remove-one in its zero-out form).",
+            f"Public, and not protected: the number of training records N = {self.num_records}, the list of "
+            f"{len(self.class_names)} classes, the image size, and every setting in config.yaml but the secret.",
+            *(_describe(release) for release in self.releases),
+            "The synthetic images, the central images, the model weights and this document are computed from these "
+            "releases alone.",
+            "Adversary: sees everything published and knows every other record; does not know the run's secret.",
+            "Not covered: how the private set was collected and pre-processed, several records of one person, the "
+            "confidentiality of the machines that computed it, and evaluation on real data, which is not published.",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """plan.json of the run directory."""
+        deltas = sorted({*REPORTED_DELTAS, self.delta}, reverse=True)
+        return {
+            "releases": [_release_json(release, self.delta) for release in self.releases],
+            "epsilon": self.bound.epsilon,
+            "delta": self.delta,
+            "target_epsilon": self.target_epsilon,
+            "num_records": self.num_records,
+            "epsilon_pld": self.bound.epsilon_pld,
+            "epsilon_rdp": self.bound.epsilon_rdp,
+            "rdp_orders": list(RDP_ORDERS) if self.bound.accountant == "rdp" else None,
+            "accountant": self.bound.accountant,
+            "accountant_version": f"dp-accounting {version('dp-accounting')}",
+            "neighbouring_relation": NEIGHBOURING_RELATION.name,
+            "epsilon_at_delta": [list(p) for p in zip(deltas, epsilon_curve(self.releases, deltas), strict=True)],
+            "epsilon_schedule": [list(point) for point in self.epsilon_schedule()],
+            "n_is_public": True,
+            "public": {"num_records": self.num_records, "class_names": list(self.class_names)},
+            "statement": self.statement(),
+            "warnings": self.warnings,
+            "not_private": self.not_private,
+        }
+
+
+def read_plan(value: dict[str, Any]) -> PrivacyPlan:
+    """The plan that `PrivacyPlan.to_json` wrote."""
+    releases = tuple(Release(r["name"], PoissonSampledGaussian.from_json(r["event"])) for r in value["releases"])
+    bound = Bound(value["epsilon"], value["accountant"], value["epsilon_pld"], value["epsilon_rdp"])
+    names = tuple(value["public"]["class_names"])
+    return PrivacyPlan(
+        value["target_epsilon"], value["delta"], value["num_records"], names, releases, bound, value["not_private"]
+    )
+
+
+def _release_json(release: Release, delta: float) -> dict[str, Any]:
+    event = release.event
+    return {
+        "name": release.name,
+        "sampling_prob": event.sampling_prob,
+        "num_steps": event.count,
+        "noise_multiplier": event.noise_multiplier,
+        "epsilon_alone": epsilon_pld([release], delta),
+        "event": event.to_json(),
+    }
+
+
+def _describe(release: Release) -> str:
+    event, what = release.event, {"central": "Central images", "finetune": "DP-SGD"}[release.name]
+    times = "1 round" if event.count == 1 else f"{event.count} rounds"
+    return (
+        f"{what}: {times} of the Poisson-sampled Gaussian mechanism, sampling probability {event.sampling_prob:.6g}, "
+        f"noise multiplier {event.noise_multiplier:.6g}."
+    )
+
+
+def make_plan(config: Config, num_records: int, class_names: Sequence[str]) -> PrivacyPlan:
+    """Solves every noise multiplier so that all stages together meet (epsilon, delta).
+
+    Args:
+      config: validated settings.
+      num_records: public N of the training split.
+      class_names: public class list.
+
+    Raises:
+      InputError: if the expected batch is larger than N.
+      BudgetError: if the easy stage alone exceeds the target.
+    """
+    batch = config.finetune.expected_batch_size
+    expect(
+        batch <= num_records,
+        "finetune.expected_batch_size",
+        batch,
+        f"at most the {num_records} training records",
+        "lower it, or use more data",
+    )
+    target, delta = config.privacy.epsilon, config.privacy.delta
+    easy = [central_release(config.central, target, delta)] if config.central.enabled else []
+    step = PoissonSampledGaussian(batch / num_records, 1.0, config.finetune.num_steps)
+    releases = (*easy, calibrate(easy, "finetune", step, target, delta))
+    bound = epsilon(releases, delta)
+    if bound.epsilon > target:
+        raise BudgetError(f"privacy.epsilon={target:g}: the plan costs {bound.epsilon:.6g}")
+    return PrivacyPlan(target, delta, num_records, tuple(class_names), releases, bound, config.privacy.test_mode)
+
+
+def central_release(central: CentralConfig, target: float, delta: float) -> Release:
+    """The easy stage's release, by its noise multiplier or by its share of epsilon.
+
+    A share f means that the stage alone is (f * epsilon, delta)-DP; epsilons of stages don't add up.
+    """
+    noise_multiplier = central.noise_multiplier or 1.0
+    event = PoissonSampledGaussian(central.sampling_prob, noise_multiplier, central.num_rounds)
+    if central.noise_multiplier is not None:
+        return Release("central", event)
+    return calibrate([], "central", event, central.budget_share * target, delta)
+
+
+def code_digest() -> str:
+    """SHA-256 of the code that determines a release: other code is another domain, paid again."""
+    root = Path(e2h.__file__).parent
+    digest = hashlib.sha256(e2h.__version__.encode())
+    for package in ("privacy", "diffusion", "curriculum", "data"):
+        for path in sorted((root / package).glob("*.py")):
+            digest.update(f"{package}/{path.name}".encode() + path.read_bytes())
+    return digest.hexdigest()

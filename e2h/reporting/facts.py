@@ -1,0 +1,141 @@
+"""The guarantee in words and rows, shared by the dataset card and the report; nothing here is sensitive."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from e2h.errors import InputError
+
+RELATIONS = {
+    "REPLACE_SPECIAL": "one record's contribution is replaced by nothing (add-or-remove-one in its zero-out form); "
+    "the number of records is public",
+    "ADD_OR_REMOVE_ONE": "one record is added or removed",
+    "REPLACE_ONE": "one record is replaced by another",
+}
+
+MECHANISMS = {"poisson_sampled_gaussian": "Poisson-sampled Gaussian"}
+TITLES = {"central": "Central images (easy stage)", "finetune": "DP-SGD training (hard stage)"}
+
+ASSUMPTIONS = (
+    "One person contributed one record. Where a person contributed several, the guarantee for that person is weaker: "
+    "it degrades with every further record.",
+    "The run's secret, from which sampling and noise were drawn, stays secret. Its owner can undo the noise.",
+    "No setting was chosen by looking at the private images, unless “tuning” in ledger.json says so and charges it.",
+    "The software computes what it states. Its noise is drawn in floating-point arithmetic; attacks on the rounding of "
+    "such noise (Mironov, 2012) are theoretical and not addressed.",
+)
+
+NOT_PROTECTED = (
+    "What holds for the whole population or a class: teaching it is the purpose of this data.",
+    "Everything listed as public below, the number of records included.",
+    "How the images were collected, selected, labelled and cropped before e2h read them.",
+    "The machines, folders and logs of the run itself: the guarantee is about this folder only.",
+    "Other publications from the same images: their costs add to this one.",
+    "Fairness: rare groups are drawn less faithfully than frequent ones; synthetic images can be wrong.",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the run directory; `InputError` if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path.name, error) from error
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The run's resolved `config.yaml` as nested dictionaries; `InputError` if it is missing or damaged."""
+    try:
+        return yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise _unreadable("config.yaml", error) from error
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    reason = type(error).__name__
+    return InputError(f"{name}: expected a readable file in the run directory; finish the run first ({reason})")
+
+
+def up(value: float, digits: int = 4) -> str:
+    """`value` with that many significant digits, rounded up: a printed epsilon must not understate."""
+    if value <= 0 or not math.isfinite(value):
+        return "0" if value <= 0 else "∞"
+    decimals = digits - 1 - math.floor(math.log10(value))
+    # The tiny reduction keeps 1.0 from becoming 1.001 by binary round-off.
+    scaled = math.ceil(value * 10**decimals * (1 - 1e-12))
+    return f"{scaled / 10**decimals:.{max(decimals, 0)}f}"
+
+
+def number(value: float) -> str:
+    """A parameter in at most six significant digits."""
+    return f"{value:.6g}"
+
+
+def small(delta: float) -> str:
+    """A delta as people write it: 1e-5, 2.5e-6."""
+    mantissa, exponent = f"{delta:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def best_guess(points: Iterable[tuple[float, float]]) -> float:
+    """Largest chance of telling right whether one record took part, after a fair coin decided that.
+
+    Every (delta, epsilon) pair bounds it by (e^epsilon + delta) / (e^epsilon + 1) (from the trade-off of Kairouz et al.
+    2015); the smallest bound holds.
+    """
+    return min((delta - 1) / (math.exp(min(epsilon, 700)) + 1) + 1 for delta, epsilon in points)
+
+
+def sentence(plan: Mapping[str, Any]) -> str:
+    """The guarantee in one sentence."""
+    return (
+        f"Everything published here, taken together, is ({up(plan['epsilon'])}, {small(plan['delta'])})-"
+        "differentially private with regard to any single record, that is one image with its label."
+    )
+
+
+def meaning(plan: Mapping[str, Any]) -> str:
+    """What the guarantee means for one person, as the bound on a membership guess."""
+    points = [(plan["delta"], plan["epsilon"]), *(tuple(point) for point in plan["epsilon_at_delta"])]
+    share = math.ceil(best_guess(points) * 1e5 * (1 - 1e-12)) / 1e3
+    return (
+        "In plain words: if a fair coin decided whether one given record takes part, even someone who knows all other "
+        f"records and sees everything published here would tell right in at most {share:.3f} % of cases; 50 % is blind "
+        "guessing, 100 % no protection. This is the worst case over all records and all attacks."
+    )
+
+
+def public_facts(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """What the release declares public, by name."""
+    data = config["data"]
+    size = f"{data['image_size']} x {data['image_size']} pixels, {'grey' if data['channels'] == 1 else 'colour'}"
+    facts = {"Training records N": str(plan["num_records"]), "Images": size}
+    for name, value in plan["public"].items():
+        if name == "class_names":
+            facts["Classes"] = ", ".join(map(str, value))
+        elif name != "num_records":
+            facts[name.replace("_", " ").capitalize()] = value if isinstance(value, str) else json.dumps(value)
+    facts["Settings"] = "every setting in config.yaml"
+    return facts
+
+
+def release_rows(plan: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row of text for each accounted release."""
+    return [
+        {
+            "name": release["name"],
+            "title": TITLES.get(release["name"], release["name"]),
+            "mechanism": MECHANISMS.get(release["event"]["type"], release["event"]["type"]),
+            "sampling_prob": number(release["event"]["sampling_prob"]),
+            "noise_multiplier": number(release["event"]["noise_multiplier"]),
+            "count": str(release["event"]["count"]),
+            "epsilon_alone": up(release["epsilon_alone"]),
+        }
+        for release in plan["releases"]
+    ]

@@ -1,0 +1,177 @@
+"""Metrics whose release class is declared once, here, and can't be chosen where they are written.
+
+*Sensitive*: computed on private data without noise. *Releasable*: a differentially private output, post-processing of
+one, or a public setting. The time that a private step takes depends on how many records were drawn, so throughput of
+DP-SGD is sensitive, and events in the releasable directory carry the hour only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ReleaseClass(StrEnum):
+    """Who may see a number or a file."""
+
+    RELEASABLE = "releasable"
+    SENSITIVE = "sensitive"
+
+
+class Metric(NamedTuple):
+    """Declaration of one name; `unit` "image" is for `MetricWriter.image`, all others for `scalar`."""
+
+    release_class: ReleaseClass
+    title: str
+    unit: str
+
+
+_FREE, _SECRET = ReleaseClass.RELEASABLE, ReleaseClass.SENSITIVE
+
+METRICS: dict[str, Metric] = {
+    "central/grid": Metric(_FREE, "Central images", "image"),
+    "warmup/loss": Metric(_FREE, "Warm-up loss on the central images", ""),
+    "warmup/images_per_second": Metric(_FREE, "Warm-up throughput", "images/s"),
+    "finetune/step": Metric(_FREE, "DP-SGD steps done", "steps"),
+    "finetune/epsilon_spent": Metric(_FREE, "Epsilon spent, all stages together", "epsilon"),
+    "finetune/noise_multiplier": Metric(_FREE, "Noise multiplier", ""),
+    "finetune/learning_rate": Metric(_FREE, "Learning rate", ""),
+    "synthetic/grid": Metric(_FREE, "Synthetic images", "image"),
+    "synthetic/images_per_second": Metric(_FREE, "Sampling throughput", "images/s"),
+    "finetune/loss": Metric(_SECRET, "DP-SGD loss on the private images", ""),
+    "finetune/clipped_fraction": Metric(_SECRET, "Share of clipped gradients", "share"),
+    "finetune/mean_norm": Metric(_SECRET, "Mean gradient norm before the clip", ""),
+    "finetune/batch_size": Metric(_SECRET, "Records drawn for a step", "records"),
+    "finetune/images_per_second": Metric(_SECRET, "DP-SGD throughput", "images/s"),
+    "evaluation/logistic_regression": Metric(_SECRET, "Accuracy of logistic regression on real images", "share"),
+    "evaluation/mlp": Metric(_SECRET, "Accuracy of the perceptron on real images", "share"),
+    "evaluation/cnn": Metric(_SECRET, "Accuracy of the CNN on real images", "share"),
+    "evaluation/frechet": Metric(_SECRET, "Frechet distance to the real images", ""),
+}
+
+NOT_PRIVATE = "NOT PRIVATE: made with a published secret (privacy.test_mode=true); anyone can subtract the noise"
+
+
+class MetricWriter:
+    """Writes to `tb/releasable` or `tb/sensitive` (owner-only) as declared, and appends to `metrics.jsonl`.
+
+    A run may open several writers one after the other (resume): all of them append. Use it as a context manager.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], not_private: bool = False) -> None:
+        """Opens the run's metrics.
+
+        Args:
+          run_dir: an existing run directory.
+          not_private: stamps every row and both TensorBoard directories.
+        """
+        self._not_private = not_private
+        self._writers = {kind: _summary_writer(Path(run_dir) / "tb" / kind) for kind in ReleaseClass}
+        self._rows = _open_append(Path(run_dir) / "metrics.jsonl")
+        if not_private:
+            for kind, writer in self._writers.items():
+                writer.add_text("NOT_PRIVATE", NOT_PRIVATE, walltime=_event_time(kind, time.time()))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Records one number.
+
+        Raises:
+          ValueError: if `name` is not declared as a scalar in `METRICS`.
+        """
+        metric, now = _declared(name, image=False), time.time()
+        number = float(value)
+        self._writers[metric.release_class].add_scalar(name, number, step, _event_time(metric.release_class, now))
+        # JSON knows no NaN or infinity: null says that there was a step without a usable number.
+        self._append(name, metric, number if math.isfinite(number) else None, step, now)
+
+    def image(self, name: str, array: NDArray[np.uint8], step: int) -> None:
+        """Records one image, uint8 [H, W, C]; its row in `metrics.jsonl` holds the shape.
+
+        Raises:
+          ValueError: if `name` is not declared as an image in `METRICS`.
+        """
+        metric, now = _declared(name, image=True), time.time()
+        writer = self._writers[metric.release_class]
+        writer.add_image(name, array, step, _event_time(metric.release_class, now), dataformats="HWC")
+        self._append(name, metric, list(array.shape), step, now)
+
+    def _append(self, name: str, metric: Metric, value: object, step: int, now: float) -> None:
+        row = {"name": name, "value": value, "step": int(step), "class": str(metric.release_class), "time": now}
+        if self._not_private:
+            row["not_private"] = True
+        # One write call a line: lines of several processes don't mix.
+        os.write(self._rows, (json.dumps(row) + "\n").encode())
+
+    def close(self) -> None:
+        """Flushes and closes all files."""
+        for writer in self._writers.values():
+            writer.close()
+        os.close(self._rows)
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _declared(name: str, image: bool) -> Metric:
+    metric = METRICS.get(name)
+    if metric is None or (metric.unit == "image") != image:
+        expected = ", ".join(known for known, entry in METRICS.items() if (entry.unit == "image") == image)
+        raise ValueError(f"metric={name}: expected one of {expected}; declare it with its release class in METRICS")
+    return metric
+
+
+def _summary_writer(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.utils.tensorboard import SummaryWriter  # half a second to import: only who writes pays
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.name == ReleaseClass.SENSITIVE:
+        folder.chmod(0o700)
+    return SummaryWriter(str(folder), flush_secs=10)
+
+
+def _event_time(release_class: ReleaseClass, now: float) -> float:
+    """Seconds since 1970; rounded down to the hour for releasable events, so that no step's duration can be read."""
+    return now if release_class is ReleaseClass.SENSITIVE else now // 3600 * 3600
+
+
+def _open_append(path: Path) -> int:
+    """Opens `path` for appending, owner-only; a line that a crash tore is closed, so that the next one is whole."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+    return descriptor
+
+
+def read_curves(run_dir: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
+    """Numbers of `metrics.jsonl` as (step, value) by declared name, sorted by step.
+
+    A step written twice (resume) counts with its last value; torn lines, images and undeclared names are left out.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    curves: dict[str, dict[int, float]] = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            name, step, value = row["name"], row["step"], row["value"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if name in METRICS and isinstance(value, int | float):
+            curves.setdefault(name, {})[int(step)] = float(value)
+    return {name: sorted(points.items()) for name, points in curves.items()}

@@ -1,0 +1,99 @@
+"""Epsilon from a published ledger alone, independent of the code that planned and spent it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from e2h.errors import InputError
+
+TOLERANCE = 1e-6
+
+# What a third party runs beside ledger.json; printed in the dataset card and tested as printed.
+_RECIPE = """\
+import json, dp_accounting as dp
+ledger = json.load(open("ledger.json"))
+accountant = dp.{accountant}(neighboring_relation=dp.NeighboringRelation[ledger["neighbouring_relation"]])
+for e in [release["event"] for release in ledger["releases"]]:
+    step = dp.PoissonSampledDpEvent(e["sampling_prob"], dp.GaussianDpEvent(e["noise_multiplier"]))
+    accountant.compose(step, e["count"])
+print(accountant.get_epsilon(ledger["delta"]))
+"""
+_ACCOUNTANTS = {"pld": "pld.PLDAccountant", "rdp": "rdp.RdpAccountant"}
+
+
+def recipe(accountant: str) -> str:
+    """The lines that recompute epsilon from `ledger.json` with dp_accounting; `accountant` is "pld" or "rdp"."""
+    return _RECIPE.format(accountant=_ACCOUNTANTS[accountant])
+
+
+def read_ledger(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A published `ledger.json`.
+
+    Raises:
+      InputError: if it is missing or no JSON object.
+    """
+    try:
+        ledger = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"ledger={path}: expected a readable ledger.json of a release ({error})") from error
+    if not isinstance(ledger, dict):
+        raise InputError(f"ledger={path}: expected a JSON object; take ledger.json of a release")
+    return ledger
+
+
+def stated_epsilon(ledger: Mapping[str, Any]) -> float:
+    """The epsilon that the ledger claims; `InputError` if there is none."""
+    try:
+        return float(ledger["epsilon"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"ledger: expected a number under epsilon ({type(error).__name__}: {error})") from error
+
+
+def recompute(ledger: Mapping[str, Any]) -> float:
+    """Epsilon at the ledger's delta of all its releases together, by the accountant that it names.
+
+    The uniform formula serves sampling_prob = 1 too, where it equals the plain Gaussian up to 1e-7.
+
+    Raises:
+      InputError: if an entry is missing or unknown.
+    """
+    import dp_accounting  # a second to import, and every `import e2h.reporting` would pay it
+
+    try:
+        relation = dp_accounting.NeighboringRelation[ledger["neighbouring_relation"]]
+        accountants = {"pld": dp_accounting.pld.PLDAccountant, "rdp": dp_accounting.rdp.RdpAccountant}
+        accountant = accountants[ledger["accountant"]](neighboring_relation=relation)
+        with _quiet():
+            for release in ledger["releases"]:
+                accountant.compose(_event(release["event"]), int(release["event"]["count"]))
+            return max(0.0, float(accountant.get_epsilon(ledger["delta"])))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"ledger: expected the entries of a published ledger.json ({reason})") from error
+
+
+def _event(event: Mapping[str, Any]) -> Any:
+    import dp_accounting
+
+    if event["type"] != "poisson_sampled_gaussian":
+        raise ValueError(f"unknown event type {event['type']!r}")
+    gaussian = dp_accounting.GaussianDpEvent(event["noise_multiplier"])
+    return dp_accounting.PoissonSampledDpEvent(event["sampling_prob"], gaussian)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """dp_accounting warns about every RDP order it leaves out; leaving orders out only makes epsilon larger."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

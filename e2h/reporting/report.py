@@ -1,0 +1,108 @@
+"""One self-contained HTML page about a run, in two renderings: internal (sensitive) and release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import e2h
+from e2h.data import filesystem
+from e2h.reporting import facts, figures
+from e2h.reporting.metrics import METRICS, NOT_PRIVATE, ReleaseClass, read_curves
+from e2h.reporting.recompute import recipe
+
+# A constant or a counter is a number, not a curve.
+NOT_DRAWN = ("finetune/step",)
+
+
+def render(run_dir: Path, internal: bool) -> str:
+    """The report as HTML.
+
+    Args:
+      run_dir: run directory with at least plan.json, config.yaml and synthetic/.
+      internal: True adds what is sensitive (evaluation, private curves, environment); False leaves out all of it.
+
+    Raises:
+      InputError: if plan.json or config.yaml is missing or damaged.
+    """
+    plan, config = facts.read_json(run_dir / "plan.json"), facts.read_config(run_dir)
+    names = plan["public"]["class_names"]
+    environment = Environment(
+        loader=PackageLoader("e2h.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        internal=_internal(run_dir, config) if internal else None,
+        plan=plan,
+        name=config["data"]["name"],
+        num_images=count_images(run_dir),
+        facts=facts,
+        public=facts.public_facts(plan, config),
+        relation=facts.RELATIONS.get(plan["neighbouring_relation"], plan["neighbouring_relation"]),
+        banner=NOT_PRIVATE if plan["not_private"] else None,
+        budget=figures.budget_bars(plan),
+        schedule=_schedule(plan),
+        central=figures.class_strips(run_dir / "central", names, "noisy central images"),
+        synthetic=figures.class_strips(run_dir / "synthetic", names, "synthetic images"),
+        curves=_curves(run_dir, ReleaseClass.RELEASABLE),
+        recipe=recipe(plan["accountant"]),
+        version=e2h.__version__,
+    )
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes the internal rendering to `report.html`, readable by its owner only, and returns its path."""
+    path = run_dir / "report.html"
+    filesystem.write_bytes(path, render(run_dir, internal=True).encode())
+    return path
+
+
+def count_images(run_dir: Path) -> int:
+    """Number of synthetic images of the run."""
+    return sum(pq.read_metadata(path).num_rows for path in (run_dir / "synthetic").glob("*.parquet"))
+
+
+def _schedule(plan: dict[str, Any]) -> Any:
+    points = [(step, epsilon) for step, epsilon in plan["epsilon_schedule"]]
+    title = "Epsilon spent during DP-SGD, all stages together"
+    return figures.line_chart(points, title) if len(points) > 1 else None
+
+
+def _curves(run_dir: Path, release_class: ReleaseClass) -> list[dict[str, Any]]:
+    """Curves of one class, by the declaration in `METRICS`, whatever a row says of itself."""
+    found = read_curves(run_dir)
+    drawn = []
+    for name, metric in METRICS.items():
+        points = found.get(name, [])
+        varies = len({value for _, value in points}) > 1
+        if metric.release_class is release_class and varies and name not in NOT_DRAWN:
+            svg = figures.line_chart(points, metric.title, metric.unit)
+            drawn.append({"title": metric.title, "name": name, "unit": metric.unit, "svg": svg})
+    return drawn
+
+
+def _internal(run_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """All that only the internal rendering shows."""
+    evaluation, environment, command = (run_dir / n for n in ("evaluation.json", "environment.json", "command.txt"))
+    return {
+        "evaluation": facts.read_json(evaluation) if evaluation.exists() else None,
+        "curves": _curves(run_dir, ReleaseClass.SENSITIVE),
+        "environment": flatten(facts.read_json(environment)) if environment.exists() else {},
+        "command": command.read_text() if command.exists() else "",
+        "config": yaml.safe_dump(config, sort_keys=False),
+    }
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    rows: dict[str, Any] = {}
+    for key, value in values.items():
+        rows |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return rows

@@ -1,0 +1,87 @@
+"""What every job shares: compose the configuration, turn refusals into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+
+# Raw exceptions from Hydra: this file prints one line for each instead of Hydra's page.
+os.environ["HYDRA_FULL_ERROR"] = "1"
+warnings.filterwarnings("ignore")
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from e2h.config import Config, differences, expect, validate
+from e2h.curriculum.run import Run, open_run, run_root
+from e2h.distributed.failures import budget_refusal, causes, refusal
+from e2h.distributed.session import session
+
+DONE, FAULT, BAD_INPUT, NO_BUDGET = 0, 1, 2, 3
+
+
+def job(stages: Callable[[Run], None]) -> None:
+    """Runs `stages` on the run that the command line describes, and exits with DESIGN's codes.
+
+    0 done; 2 bad configuration or input; 3 the privacy budget refuses; 1 anything else (with its traceback).
+    """
+    ConfigStore.instance().store("schema", Config)
+
+    composed: list[DictConfig] = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://e2h.conf", config_name="config")
+    def compose(values: DictConfig) -> None:
+        composed.append(values)
+
+    try:
+        compose()
+        # Empty after --help or --cfg, which Hydra answers itself.
+        for values in composed:
+            _run(_checked(values), stages)
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(_explain(error), BAD_INPUT)
+    except Exception as error:
+        if message := budget_refusal(error):
+            _refuse(message, NO_BUDGET)
+        if message := refusal(error):
+            _refuse(message, BAD_INPUT)
+        raise
+    sys.exit(DONE)
+
+
+def _checked(values: DictConfig) -> Config:
+    config = OmegaConf.to_object(values)
+    assert isinstance(config, Config)
+    # `+key=value` forces a key past the schema: it is refused as any other typo.
+    for name, value, _ in differences(OmegaConf.to_container(values), asdict(config)):
+        expect(False, name, value, "a known key (see --cfg job)")
+    return validate(config)
+
+
+def _run(config: Config, stages: Callable[[Run], None]) -> None:
+    if config.dry_run:
+        from e2h.distributed.stages import dry_run
+
+        dry_run(config, run_root(config))
+        return
+    with open_run(config) as run, session(config.scaling):
+        stages(run)
+
+
+def _explain(error: Exception) -> str:
+    """The first lines of the error and of what caused it: Hydra names the key in one and the reason in the other."""
+    chain = [one for one in causes(error) if isinstance(one, (HydraException, OmegaConfBaseException))]
+    lines = [str(one).strip().splitlines()[0].rstrip(".") for one in chain]
+    return "; ".join(list(dict.fromkeys(lines))[:2]) + "; expected a key and value of the configuration (see --cfg job)"
+
+
+def _refuse(message: str, code: int) -> None:
+    print(f"e2h: {message}", file=sys.stderr, flush=True)
+    # Ray has been stopped by its session; nothing else may talk after the one line.
+    sys.exit(code)
