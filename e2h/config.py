@@ -42,8 +42,8 @@ class DataConfig:
 class ModelConfig:
     """EDM U-Net (Karras et al. 2022), with GroupNorm only."""
 
-    base_width: int = 32
-    width_multipliers: list[int] = field(default_factory=lambda: [1, 2])
+    base_width: int = 16
+    width_multipliers: list[int] = field(default_factory=lambda: [1, 1])
     attention_resolutions: list[int] = field(default_factory=lambda: [4])
     blocks_per_level: int = 1
     embedding_width: int = 64
@@ -69,12 +69,12 @@ class CentralConfig:
     num_rounds: int = 5
     sampling_prob: float = 0.5
     noise_multiplier: float | None = None  # none: solved from budget_share
-    budget_share: float = 0.2  # without noise_multiplier: the stage alone is (budget_share * epsilon, delta)-DP
-    max_norm: float = 1.5  # clip norm of one record's pooled, centred pixels (mean query)
-    centre: float = 0.5  # public m0 in [0, 1]
+    budget_share: float = 0.5  # without noise_multiplier: the stage alone is (budget_share * epsilon, delta)-DP
+    max_norm: float = 4.0  # clip norm of one record's pooled, centred pixels (mean query)
+    centre: float = 0.0  # public m0 in [0, 1]
     count_weight: float = 0.0  # weight of the noisy-count coordinate, in units of max_norm; 0 drops it
     num_bins: int = 16  # mode query
-    pool_factor: int = 2  # 2: half resolution
+    pool_factor: int = 1  # 2: half resolution
     median_filter: bool = False
     sharpen: bool = False
 
@@ -85,17 +85,17 @@ class WarmupConfig:
 
     num_steps: int = 400
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     label_dropout: float = 0.1
-    max_shift: int = 1  # pixels; public augmentation
+    max_shift: int = 0  # pixels; public augmentation
 
 
 @dataclass
 class FinetuneConfig:
     """The hard stage: DP-SGD on the full set (event 2)."""
 
-    num_steps: int = 100
-    expected_batch_size: int = 512
+    num_steps: int = 60
+    expected_batch_size: int = 256
     noise_multiplicity: int = 4  # K noise draws an image, averaged before the clip
     max_grad_norm: float = 1.0
     learning_rate: float = 1e-3
@@ -112,7 +112,7 @@ class SamplingConfig:
 
     num_images: int = 2000
     sampler: str = "heun"  # heun | ddim
-    num_steps: int = 18
+    num_steps: int = 12
     guidance: float = 0.0  # w in (1+w) D(y) - w D(null)
     churn: float = 0.0
     churn_min: float = 0.05
@@ -242,9 +242,7 @@ def _validate_central(central: CentralConfig, image_size: int) -> None:
     expect(0 < share < 1, "central.budget_share", share, "a share in (0, 1)")
     _positive(central, "central", "max_norm")
     expect(0 <= central.centre <= 1, "central.centre", central.centre, "a grey value in [0, 1]")
-    expect(
-        0 <= central.count_weight <= 10, "central.count_weight", central.count_weight, "a weight between 0 and 10"
-    )
+    expect(0 <= central.count_weight <= 10, "central.count_weight", central.count_weight, "a weight between 0 and 10")
     expect(2 <= central.num_bins <= 256, "central.num_bins", central.num_bins, "2 to 256 bins")
     divides = image_size % central.pool_factor == 0
     expect(divides, "central.pool_factor", central.pool_factor, f"a divisor of data.image_size={image_size}")
@@ -294,10 +292,10 @@ def _validate_outputs(config: Config) -> None:
     _positive_int(scaling, "scaling", "num_workers", "physical_batch_size")
     _positive(scaling, "scaling", "cpus_per_worker", "start_timeout_s")
     expect(bool(config.run.storage), "run.storage", config.run.storage, "a folder")
-    name = config.run.name
-    if name is not None:
-        safe = bool(name) and "/" not in name and not name.startswith(".")
-        expect(safe, "run.name", name, "a folder name without '/' and leading '.'")
+    run = config.run.name
+    if run is not None:
+        safe = bool(run) and "/" not in run and not run.startswith(".")
+        expect(safe, "run.name", run, "a folder name without '/' and leading '.'")
 
 
 def validate(config: Config) -> Config:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-
-# Raw exceptions from Hydra: this file prints one line for each instead of Hydra's page.
-os.environ["HYDRA_FULL_ERROR"] = "1"
-warnings.filterwarnings("ignore")
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -33,6 +29,8 @@ def job(stages: Callable[[Run], None]) -> None:
     """
     ConfigStore.instance().store("schema", Config)
 
+    # Raw exceptions from Hydra: they are explained in one line here instead of its page.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     composed: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://e2h.conf", config_name="config")
@@ -59,7 +57,8 @@ def _checked(values: DictConfig) -> Config:
     config = OmegaConf.to_object(values)
     assert isinstance(config, Config)
     # `+key=value` forces a key past the schema: it is refused as any other typo.
-    for name, value, _ in differences(OmegaConf.to_container(values), asdict(config)):
+    given: Any = OmegaConf.to_container(values)
+    for name, value, _ in differences(given, asdict(config)):
         expect(False, name, value, "a known key (see --cfg job)")
     return validate(config)
 

@@ -25,7 +25,11 @@ def addressed_seeds(seed: int, stage: str, step: int, records: np.ndarray) -> li
     """
     with np.errstate(over="ignore"):
         state = np.full(len(records), np.uint64(seed & _MASK))
-        for part in (np.uint64(int.from_bytes(stage.encode()[:8], "little")), np.uint64(step), records.astype(np.uint64)):
+        for part in (
+            np.uint64(int.from_bytes(stage.encode()[:8], "little")),
+            np.uint64(step),
+            records.astype(np.uint64),
+        ):
             state = _mix(state + np.uint64(0x9E3779B97F4A7C15) ^ part)
     return (state >> np.uint64(1)).tolist()
 

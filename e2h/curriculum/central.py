@@ -123,7 +123,9 @@ class CentralQuery:
           uint8 [num_rounds, num_groups, H, W, C] at full size.
         """
         values = released * (self.sensitivity * 2.0**-GRID_BITS)
-        pooled = self._decode_mean(values, noise_multiplier) if self.central.query == "mean" else self._decode_mode(values)
+        pooled = (
+            self._decode_mean(values, noise_multiplier) if self.central.query == "mean" else self._decode_mode(values)
+        )
         side = self.image_size // self.central.pool_factor
         small = np.clip(pooled, 0, 1).reshape(-1, side, side, self.channels)
         full = np.stack([self._enlarge(np.rint(image * 255).astype(np.uint8)) for image in small])

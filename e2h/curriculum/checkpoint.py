@@ -52,7 +52,9 @@ class Checkpoints:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: expected a checkpoint that e2h wrote; it can't be read safely, remove it") from error
+            raise InputError(
+                f"{path}: expected a checkpoint that e2h wrote; it can't be read safely, remove it"
+            ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{path}: expected a checkpoint that e2h wrote; remove it")
         return content

@@ -152,8 +152,8 @@ def _resume(
     unpaid = set(range(step)) - private.ledger.paid(STAGE, private.domain)
     if unpaid:
         raise BudgetError(
-            f"checkpoint of step {step}: {len(unpaid)} of its steps are not in the ledger under this key, data, code and "
-            "machine; the ledger lost entries or the run moved, so it can't be continued; start a new run.name"
+            f"checkpoint of step {step}: {len(unpaid)} of its steps are not in the ledger under this key, data, code "
+            "and machine; the ledger lost entries or the run moved, so it can't be continued; start a new run.name"
         )
     network.load_state_dict(state["network"])
     ema.load_state_dict(state["ema"])

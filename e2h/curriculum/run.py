@@ -97,7 +97,12 @@ class Run:
         write_bytes(self._marker(stage), content.encode())
 
     def _marker(self, stage: str) -> Path:
-        folders = {"prepare": self.prepared, "central": self.central, "train": self.checkpoints, "sample": self.synthetic}
+        folders = {
+            "prepare": self.prepared,
+            "central": self.central,
+            "train": self.checkpoints,
+            "sample": self.synthetic,
+        }
         return folders[stage] / "_SUCCESS.json"
 
 
@@ -148,7 +153,9 @@ def _only_one(path: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise InputError(f"run.name={path.parent.name}: another process is running it; wait, or use a new run.name") from error
+        raise InputError(
+            f"run.name={path.parent.name}: another process is running it; wait, or use a new run.name"
+        ) from error
     try:
         yield
     finally:
@@ -161,6 +168,11 @@ def _describe(run: Run) -> None:
     write_bytes(run.root / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())
     write_bytes(run.root / "command.txt", (shlex.join(["python", *sys.argv]) + "\n").encode())
     packages = {name: version(name) for name in PACKAGES}
-    environment = {"e2h": version("e2h"), "python": platform.python_version(), "machine": platform.machine(), **packages}
+    environment = {
+        "e2h": version("e2h"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **packages,
+    }
     write_bytes(run.root / "environment.json", json.dumps(environment, indent=2).encode())
     write_bytes(run.root / "binding.json", json.dumps(values, indent=2).encode())

@@ -21,9 +21,7 @@ from e2h.diffusion.networks import UNet
 from e2h.privacy.events import Release
 
 
-def train(
-    run: Run, release: Release, workers: Workers, report: Report, progress: Callable[[str, int], None]
-) -> None:
+def train(run: Run, release: Release, workers: Workers, report: Report, progress: Callable[[str, int], None]) -> None:
     """Trains the diffusion model of a run; call it on every worker. The same call resumes.
 
     Args:

@@ -24,7 +24,10 @@ def say(stage: str, text: str) -> None:
 
 def show_plan(plan: PrivacyPlan, epsilons_alone: dict[str, float]) -> None:
     """What will be released and what it costs, before anything is spent."""
-    say("plan", f"N {plan.num_records}, epsilon {plan.bound.epsilon:.4f} of {plan.target_epsilon:g} at delta {plan.delta:g}")
+    say(
+        "plan",
+        f"N {plan.num_records}, epsilon {plan.bound.epsilon:.4f} of {plan.target_epsilon:g} at delta {plan.delta:g}",
+    )
     print(f"{'':<10} {'release':<10}{'q':>9}{'steps':>8}{'noise':>10}{'epsilon alone':>15}")
     for release in plan.releases:
         event = release.event

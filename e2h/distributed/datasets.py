@@ -63,7 +63,8 @@ def central_sums(run: Run, prepared: Prepared, query: CentralQuery, domain: str)
 
 def _file_sums(path: str, query: CentralQuery, key: bytes) -> np.ndarray:
     blocks = iter_batches([path], BLOCK_RECORDS)
-    return sum(query.partial_sums(block.images, block.labels, block.ids, key) for block in blocks)
+    parts = [query.partial_sums(block.images, block.labels, block.ids, key) for block in blocks]
+    return np.sum(parts, axis=0)
 
 
 def synthesize(run: Run, num_shards: int) -> int:
@@ -82,7 +83,7 @@ def synthesize(run: Run, num_shards: int) -> int:
             return _answer(lambda: self.synthesizer.write_shard(int(row["index"])))
 
     made = _shards(num_shards).map(
-        Sampler,
+        Sampler,  # type: ignore[arg-type]
         compute=ActorPoolStrategy(size=min(scaling.num_workers, num_shards)),
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else None,

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from e2h.config import ScalingConfig, expect
 
@@ -53,7 +54,7 @@ def session(scaling: ScalingConfig) -> Iterator[None]:
 def _start(scaling: ScalingConfig) -> None:
     import ray
 
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if os.environ.get("RAY_ADDRESS"):

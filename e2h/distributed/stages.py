@@ -56,7 +56,8 @@ def prepare(run: Run) -> Prepared:
     facts = prepared.manifest
     rejected = f", {facts.num_rejected} rejected (prepared/rejected.jsonl)" if facts.num_rejected else ""
     shape = f"{facts.image_size}x{facts.image_size}x{facts.channels}"
-    say("prepare", f"{facts.num_train} training + {facts.num_test} test images, {shape}, {len(facts.class_names)} classes{rejected}")
+    counts = f"{facts.num_train} training + {facts.num_test} test images"
+    say("prepare", f"{counts}, {shape}, {len(facts.class_names)} classes{rejected}")
     return prepared
 
 

@@ -79,7 +79,9 @@ def epsilon(releases: Sequence[Release], delta: float) -> Bound:
     return Bound(min(pld, rdp), "pld" if pld <= rdp else "rdp", pld, rdp)
 
 
-def calibrate(spent: Sequence[Release], name: str, event: PoissonSampledGaussian, target: float, delta: float) -> Release:
+def calibrate(
+    spent: Sequence[Release], name: str, event: PoissonSampledGaussian, target: float, delta: float
+) -> Release:
     """The release `name` with the smallest noise multiplier so that `spent` and it stay within (target, delta).
 
     Args:

@@ -80,7 +80,7 @@ def clip_and_sum(gradients: list[Tensor], weights: Tensor, losses: Tensor, max_g
     ones, sums = torch.ones_like(norms), []
     for block in blocks:
         if len(dropped) > 0:
-            pass  # 0 * inf would be NaN
+            block[dropped] = 0.0  # 0 * inf would be NaN
         on_grid = block.mul_(scales.to(block.dtype)[:, None]).round_()
         sums.append((ones @ on_grid.to(torch.float64)).to(torch.int64))
     return ClippedSum(torch.cat(sums), int(weights.sum()), losses, norms)

@@ -50,7 +50,9 @@ def load_secret(reference: str) -> bytes:
     if scheme == "env":
         text = os.environ.get(place)
         if text is None:
-            raise InputError(f"privacy.secret={reference}: expected an environment variable of 64 hex digits; set {place}")
+            raise InputError(
+                f"privacy.secret={reference}: expected an environment variable of 64 hex digits; set {place}"
+            )
     else:
         text = _read_owner_only(reference, Path(place))
     try:
@@ -92,4 +94,4 @@ def keystream(key: bytes, first_block: int, num_blocks: int) -> bytes:
 def permute_blocks(key: bytes, blocks: bytes) -> bytes:
     """AES-256 of each 16-byte block: a pseudo-random function of distinct blocks."""
     # ECB is right here: the blocks are addresses, each used once under the key, not a message.
-    return Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(blocks)  # noqa: S305
+    return Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(blocks)

@@ -62,7 +62,7 @@ class Ledger:
                 planned_cost = self.cost(budget.planned, budget.delta)
                 if planned_cost > budget.epsilon:
                     raise BudgetError(
-                        f"privacy.epsilon={budget.epsilon:g}: the plan costs epsilon {planned_cost:.4g}; nothing was spent"
+                        f"privacy.epsilon={budget.epsilon:g}: the plan costs {planned_cost:.4g}; nothing was spent"
                     )
                 _append(file, lines, "OPEN", _budget_json(budget))
             elif (opened := _budget_from(lines[0])) != budget:
@@ -87,7 +87,12 @@ class Ledger:
             steps = set(range(start, stop)) - _steps(lines, domain, name, event)
             if not steps:
                 return False
-            record = {"release": name, "event": replace(event, count=1).to_json(), "domain": domain, "steps": [start, stop]}
+            record = {
+                "release": name,
+                "event": replace(event, count=1).to_json(),
+                "domain": domain,
+                "steps": [start, stop],
+            }
             self._check(lines, record)
             _append(file, lines, "SPEND", record)
         return True
@@ -165,7 +170,9 @@ def _steps(lines: Sequence[bytes], domain: str, name: str, event: PoissonSampled
     for record in map(json.loads, lines):
         if record["kind"] == "SPEND" and record["domain"] == domain:
             if (record["release"], record["event"]) != (name, replace(event, count=1).to_json()):
-                raise BudgetError(f"domain {domain[:12]}: expected one release and event, found another; ledger is invalid")
+                raise BudgetError(
+                    f"domain {domain[:12]}: expected one release and event, found another; ledger is invalid"
+                )
             found.update(range(*record["steps"]))
     return found
 
@@ -186,7 +193,9 @@ def _read(file: BinaryIO, path: Path) -> list[bytes]:
         except (ValueError, KeyError, TypeError):
             intact = False
         if not intact:
-            raise BudgetError(f"{path}: record {number} does not continue the chain; the ledger was altered, so nothing can be spent")
+            raise BudgetError(
+                f"{path}: record {number} does not continue the chain; the ledger was altered, so nothing can be spent"
+            )
         previous = hashlib.sha256(line).hexdigest()
     return lines
 

@@ -98,7 +98,5 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
     def _write_gradients(self) -> None:
         scale = self.max_grad_norm * 2.0**-GRID_BITS / self.expected_batch_size
         gradients = (self._totals[: self._num_coordinates].double() * scale).float()
-        for parameter, gradient in zip(
-            self.params, gradients.split([p.numel() for p in self.params]), strict=True
-        ):
+        for parameter, gradient in zip(self.params, gradients.split([p.numel() for p in self.params]), strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype)

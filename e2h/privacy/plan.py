@@ -12,7 +12,16 @@ from typing import Any
 import e2h
 from e2h.config import CentralConfig, Config, expect
 from e2h.errors import BudgetError
-from e2h.privacy.accounting import COARSE_GRID, NEIGHBOURING_RELATION, RDP_ORDERS, Bound, calibrate, epsilon, epsilon_curve, epsilon_pld
+from e2h.privacy.accounting import (
+    COARSE_GRID,
+    NEIGHBOURING_RELATION,
+    RDP_ORDERS,
+    Bound,
+    calibrate,
+    epsilon,
+    epsilon_curve,
+    epsilon_pld,
+)
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget
 

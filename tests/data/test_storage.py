@@ -1,0 +1,124 @@
+"""Reading a prepared set: whole, in batches, mapped, and by several processes at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from e2h.config import DataConfig
+from e2h.data.storage import Prepared, iter_batches, load_split, map_split, open_prepared
+from e2h.errors import InputError
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, prepare, write_idx) -> Prepared:
+    write_idx(tmp_path, {"train": 70, "t10k": 30})
+    prepare(DataConfig(source="idx", path=str(tmp_path), records_per_shard=16), tmp_path / "prepared")
+    return open_prepared(tmp_path / "prepared")
+
+
+def test_schema_names_the_shape(prepared: Prepared) -> None:
+    schema = pq.read_schema(prepared.paths("train")[0])
+    assert [(field.name, str(field.type)) for field in schema] == [
+        ("id", "int64"),
+        ("label", "int32"),
+        ("image", "fixed_size_binary[64]"),
+    ]
+    assert json.loads(schema.metadata[b"e2h"]) == {
+        "image_size": 8,
+        "channels": 1,
+        "dtype": "uint8",
+        "class_names": list("0123456789"),
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 100])
+def test_batches_are_the_split_in_order(prepared: Prepared, batch_size: int) -> None:
+    whole = load_split(prepared, "train")
+    batches = list(iter_batches(prepared.paths("train"), batch_size))
+    assert max(len(batch) for batch in batches) <= batch_size
+    for name in ("ids", "labels", "images"):
+        np.testing.assert_array_equal(np.concatenate([getattr(batch, name) for batch in batches]), getattr(whole, name))
+
+
+def test_dtypes_and_shapes(prepared: Prepared) -> None:
+    rows = load_split(prepared, "train")
+    assert (rows.ids.dtype, rows.labels.dtype, rows.images.dtype) == (np.int64, np.int64, np.uint8)
+    assert (rows.ids.shape, rows.labels.shape, rows.images.shape) == ((70,), (70,), (70, 8, 8, 1))
+
+
+def test_map_equals_load_and_is_read_only(prepared: Prepared, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        loaded, mapped = load_split(prepared, split), map_split(prepared, split, tmp_path / "cache")
+        for name in ("ids", "labels", "images"):
+            np.testing.assert_array_equal(getattr(loaded, name), getattr(mapped, name))
+        assert isinstance(mapped.images, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            mapped.images[0] = 0
+    files = list((tmp_path / "cache").iterdir())
+    assert len(files) == 2
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert all(prepared.manifest.digest[:32] in path.name for path in files)
+
+
+def test_map_is_written_once(prepared: Prepared, tmp_path: Path) -> None:
+    map_split(prepared, "train", tmp_path / "cache")
+    (path,) = (tmp_path / "cache").iterdir()
+    before = path.stat().st_ino, path.stat().st_mtime_ns
+    map_split(prepared, "train", tmp_path / "cache")
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
+
+
+def test_map_that_does_not_fit_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    map_split(prepared, "train", tmp_path / "cache")
+    (path,) = (tmp_path / "cache").iterdir()
+    with path.open("wb") as file:
+        np.save(file, np.zeros((70, 4, 4, 1), dtype=np.uint8))
+    with pytest.raises(InputError, match="delete it"):
+        map_split(prepared, "train", tmp_path / "cache")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match="delete it"):
+        map_split(prepared, "train", tmp_path / "cache")
+
+
+MAP_MANY_TIMES = """
+import sys
+from e2h.data.storage import map_split, open_prepared
+prepared = open_prepared(sys.argv[1])
+print({int(map_split(prepared, "train", f"{sys.argv[2]}/{turn}").images.sum()) for turn in range(20)})
+"""
+
+
+def test_several_processes_map_at_once(prepared: Prepared, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MAP_MANY_TIMES, prepared.folder, str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    total = int(load_split(prepared, "train").images.sum())
+    assert [process.communicate()[0].strip() for process in processes] == [f"{{{total}}}"] * 3
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 20
+
+
+def test_empty_split(tmp_path: Path, prepare) -> None:
+    prepare(DataConfig(test_fraction=0.0), tmp_path / "prepared")
+    prepared = open_prepared(tmp_path / "prepared")
+    assert prepared.paths("test") == []
+    for rows in (load_split(prepared, "test"), map_split(prepared, "test", tmp_path / "cache")):
+        assert rows.images.shape == (0, 8, 8, 1)
+        assert len(rows) == 0
+
+
+ALIEN = [None, b"", b"text", b"[1]", b'{"format": "other"}', b'{"format": "e2h-prepared/1"}']
+
+
+@pytest.mark.parametrize("content", ALIEN)
+def test_absent_or_alien_manifest(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "meta.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"meta\.json: expected"):
+        open_prepared(tmp_path)

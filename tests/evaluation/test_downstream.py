@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from e2h.evaluation.downstream import downstream_accuracy, pixels
+from e2h.evaluation.networks import SmallCNN, as_tensor
+
+CLASSIFIERS = ["logistic_regression", "mlp", "cnn"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    return (data.images[order] * 255 / 16).astype(np.uint8)[..., None], data.target[order]
+
+
+def score(images, labels, test_images, test_labels, classifiers=CLASSIFIERS, epochs=6, seed=0):
+    return downstream_accuracy(images, labels, test_images, test_labels, classifiers, 10, epochs, seed)
+
+
+def test_real_images_teach_every_classifier(digits):
+    images, labels = digits
+    found = score(images[:1300], labels[:1300], images[1300:], labels[1300:])
+    assert list(found) == CLASSIFIERS
+    assert all(entry.keys() == {"accuracy"} and 0.92 < entry["accuracy"] <= 1 for entry in found.values())
+
+
+def test_shuffled_labels_teach_nothing(digits):
+    images, labels = digits
+    shuffled = np.random.default_rng(1).permutation(labels[:1000])
+    found = score(images[:1000], shuffled, images[1000:], labels[1000:])
+    assert all(entry["accuracy"] < 0.25 for entry in found.values())
+
+
+def test_same_seed_same_result_silent_and_global_random_state_untouched(digits, capfd):
+    images, labels = digits
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = (score(images[:200], labels[:200], images[900:], labels[900:], epochs=2) for _ in range(2))
+    other = score(images[:200], labels[:200], images[900:], labels[900:], ["mlp", "cnn"], epochs=2, seed=1)
+    assert first == second
+    assert other["mlp"] != first["mlp"]
+    assert other["cnn"] != first["cnn"]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_class_has_nothing_to_learn(digits):
+    images, _ = digits
+    assert score(images[:20], np.zeros(20, int), images[20:30], np.zeros(10, int)) == {}
+
+
+@pytest.mark.parametrize(("size", "channels"), [(4, 1), (8, 1), (28, 1), (32, 3), (50, 3), (128, 3)])
+def test_one_network_serves_all_sizes(size, channels):
+    images = np.random.default_rng(0).integers(0, 256, (2, size, size, channels), dtype=np.uint8)
+    model = SmallCNN(channels, size, 7).eval()
+    assert model.features(as_tensor(images)).shape == (2, 128)
+    assert model(as_tensor(images)).shape == (2, 7)
+
+
+def test_pixels_are_shares_and_large_images_are_averaged_down():
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    small, large = pixels(images[:, :32, :32]), pixels(images)
+    assert small.shape == large.shape == (3, 32 * 32 * 3)
+    np.testing.assert_allclose(small, images[:, :32, :32].reshape(3, -1) / 255, rtol=1e-6)
+    average = images.reshape(3, 32, 2, 32, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2).reshape(3, -1)
+    np.testing.assert_allclose(large, average / 255, atol=1e-6)
