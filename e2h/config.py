@@ -141,7 +141,6 @@ class ScalingConfig:
     cpus_per_worker: float = 1.0
     physical_batch_size: int = 64  # work unit, in images; the noise draws of an image stay together
     max_failures: int = 3  # restarts of the worker group
-    start_timeout_s: float = 120.0
 
 
 @dataclass
@@ -290,7 +289,7 @@ def _validate_outputs(config: Config) -> None:
     for name in config.evaluation.classifiers:
         _choice("evaluation.classifiers", name, ("logistic_regression", "mlp", "cnn"))
     _positive_int(scaling, "scaling", "num_workers", "physical_batch_size")
-    _positive(scaling, "scaling", "cpus_per_worker", "start_timeout_s")
+    _positive(scaling, "scaling", "cpus_per_worker")
     expect(bool(config.run.storage), "run.storage", config.run.storage, "a folder")
     run = config.run.name
     if run is not None:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from e2h.config import Config, differences, expect, validate
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.distributed.failures import budget_refusal, causes, refusal
+from e2h.distributed.preflight import dry_run, preflight
 from e2h.distributed.session import session
 
 DONE, FAULT, BAD_INPUT, NO_BUDGET = 0, 1, 2, 3
@@ -65,11 +66,10 @@ def _checked(values: DictConfig) -> Config:
 
 def _run(config: Config, stages: Callable[[Run], None]) -> None:
     if config.dry_run:
-        from e2h.distributed.stages import dry_run
-
         dry_run(config, run_root(config))
         return
-    with open_run(config) as run, session(config.scaling):
+    preflight(config)
+    with open_run(config) as run, session(config.scaling, run.root / "ray.log"):
         stages(run)
 
 

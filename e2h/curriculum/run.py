@@ -21,7 +21,7 @@ from e2h.config import Config, binding, differences, digest, run_name
 from e2h.data.filesystem import write_bytes
 from e2h.errors import InputError
 from e2h.privacy.accounting import epsilon
-from e2h.privacy.keys import TEST_SECRET, create_secret, key_id, load_secret
+from e2h.privacy.keys import TEST_SECRET, create_secret, derive_key, load_secret
 from e2h.privacy.ledger import Ledger
 from e2h.privacy.plan import code_digest
 
@@ -83,14 +83,21 @@ class Run:
         return digest({key: value for key, value in binding(self.config).items() if key in kept})
 
     def domain(self, event: dict[str, Any], dataset_digest: str, fingerprint: str) -> str:
-        """Names everything that determines a release bit for bit (see `e2h.privacy.ledger`)."""
-        parts = [key_id(self.secret()), self.training_binding, code_digest(), event, dataset_digest, fingerprint]
-        return digest(parts)
+        """Names everything that determines a release bit for bit (see `e2h.privacy.ledger`).
+
+        Keyed, because the ledger keeps it: without the secret it tells nothing about the data.
+        """
+        parts = [self.training_binding, code_digest(), event, dataset_digest, fingerprint]
+        return derive_key(self.secret(), "domain", digest(parts)).hex()
 
     def done(self, stage: str) -> bool:
         """Whether a stage of this very configuration has finished."""
         path = self._marker(stage)
         return path.exists() and json.loads(path.read_text())["binding"] == digest(binding(self.config))
+
+    def bind(self) -> None:
+        """From now on only this configuration may go on with the run: what was prepared depends on it."""
+        write_bytes(self.root / "binding.json", json.dumps(binding(self.config), indent=2).encode())
 
     def mark_done(self, stage: str) -> None:
         content = json.dumps({"stage": stage, "binding": digest(binding(self.config))})
@@ -123,7 +130,7 @@ def open_run(config: Config) -> Iterator[Run]:
       InputError: if the directory holds a run of another configuration, or another process is running it.
     """
     run = Run(run_root(config), config)
-    _check_binding(run)
+    check_binding(run.root, config)
     run.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _only_one(run.root / ".lock"):
         if not config.privacy.test_mode and config.privacy.secret is None:
@@ -133,16 +140,17 @@ def open_run(config: Config) -> Iterator[Run]:
         yield run
 
 
-def _check_binding(run: Run) -> None:
-    path = run.root / "binding.json"
+def check_binding(root: Path, config: Config) -> None:
+    """Raises `InputError` if the folder holds a run of another configuration."""
+    path = root / "binding.json"
     if not path.exists():
         return
-    changed = differences(json.loads(path.read_text()), json.loads(json.dumps(binding(run.config))))
+    changed = differences(json.loads(path.read_text()), json.loads(json.dumps(binding(config))))
     if changed:
         shown = ", ".join(f"{name} is {new} and was {old}" for name, old, new in changed)
         raise InputError(
-            f"run.name={run.root.name}: expected the configuration that this run began with, but {shown}; "
-            f"change it back to resume, or choose a new name: run.name={run.root.name}-2"
+            f"run.name={root.name}: expected the configuration that this run began with, but {shown}; "
+            f"change it back to resume, or choose a new name: run.name={root.name}-2"
         )
 
 
@@ -163,7 +171,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 def _describe(run: Run) -> None:
-    """config.yaml, command.txt, environment.json, and the binding that the next call is held to."""
+    """config.yaml, command.txt, environment.json."""
     values = json.loads(json.dumps(binding(run.config)))
     write_bytes(run.root / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())
     write_bytes(run.root / "command.txt", (shlex.join(["python", *sys.argv]) + "\n").encode())
@@ -175,4 +183,3 @@ def _describe(run: Run) -> None:
         **packages,
     }
     write_bytes(run.root / "environment.json", json.dumps(environment, indent=2).encode())
-    write_bytes(run.root / "binding.json", json.dumps(values, indent=2).encode())

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from e2h.config import SamplingConfig
+from e2h.config import SamplingConfig, expect
 from e2h.curriculum.batches import addressed_seeds
 from e2h.curriculum.run import Run
 from e2h.curriculum.train import new_network
@@ -24,8 +24,13 @@ def image_labels(sampling: SamplingConfig, num_classes: int) -> np.ndarray:
     """The label of each image, int64 [num_images]: uniform, or the public shares of `class_fractions`.
 
     Labels alternate, so that any run of images is nearly balanced.
+
+    Raises:
+      InputError: if there isn't one share a class.
     """
-    shares = np.asarray(sampling.class_fractions or [1 / num_classes] * num_classes)
+    fractions = sampling.class_fractions or [1 / num_classes] * num_classes
+    expect(len(fractions) == num_classes, "sampling.class_fractions", fractions, f"{num_classes} shares, one a class")
+    shares = np.asarray(fractions) / sum(fractions)
     # The place at which each class's k-th image falls due; sorting the places spreads every class evenly.
     due = [(np.arange(int(np.ceil(sampling.num_images * share))) + 0.5) / max(share, 1e-12) for share in shares]
     labels = np.repeat(np.arange(num_classes), [len(places) for places in due])

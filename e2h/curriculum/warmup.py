@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from e2h.config import WarmupConfig
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.checkpoint import Checkpoints
-from e2h.curriculum.workers import Workers
+from e2h.curriculum.workers import Workers, on_grid
 from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 
@@ -53,8 +54,8 @@ def warm_up(
     parameters = list(network.parameters())
     network.to(workers.device).train()
     for step in range(first, warmup.num_steps):
-        loss = _step(network, images, labels, warmup, seed, step, workers)
-        workers.sum_gradients(parameters)
+        loss, units = _step(network, images, labels, warmup, seed, step, workers)
+        workers.sum_gradients(parameters, units)
         optimizer.step()
         done = step + 1
         if workers.rank == 0 and (done % REPORT_EVERY == 0 or done == warmup.num_steps):
@@ -67,23 +68,22 @@ def warm_up(
 
 def _step(
     network: UNet, images: np.ndarray, labels: np.ndarray, warmup: WarmupConfig, seed: int, step: int, workers: Workers
-) -> float:
-    """Gradients of this worker's units of the step, scaled so that the sum over workers is the batch's mean."""
+) -> tuple[float, list[Tensor]]:
+    """This worker's units of the step: their mean loss, and gradients that add up to the batch's over all workers."""
     places = np.arange(warmup.batch_size)
     seeds = addressed_seeds(seed, STAGE, step, places)
     generator = np.random.default_rng((seed, step))
     chosen = generator.integers(0, len(images), warmup.batch_size)
     shifts = generator.integers(-warmup.max_shift, warmup.max_shift + 1, (warmup.batch_size, 2))
-    network.zero_grad()
-    total = 0.0
+    parameters, gradients, means = list(network.parameters()), [], []
     size = -(-warmup.batch_size // UNITS_PER_STEP)
     for unit in work_units(warmup.batch_size, size, workers.rank, workers.size):
         shifted = np.stack([shift(images[i], *offset) for i, offset in zip(chosen[unit], shifts[unit], strict=True)])
         batch = make_batch(shifted, labels[chosen[unit]], seeds[unit], 1, warmup.label_dropout, network.num_classes)
         losses = micro_batch_loss(network, {name: value.to(workers.device) for name, value in batch.items()})
-        (losses.sum() / warmup.batch_size).backward()
-        total += float(losses.detach().mean())
-    return total
+        gradients.append(on_grid(torch.autograd.grad(losses.sum() / warmup.batch_size, parameters)))
+        means.append(float(losses.detach().mean()))
+    return float(np.mean(means)) if means else 0.0, gradients
 
 
 def shift(image: np.ndarray, down: int, right: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +38,22 @@ class Workers:
         if self.size > 1:
             dist.all_reduce(values)
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sums `grad` of all parameters over the workers; bit-identical for any number of them."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
-        total = (flat * GRADIENT_GRID).round().to(torch.int64)
+    def sum_gradients(self, parameters: list[torch.nn.Parameter], units: list[Tensor]) -> None:
+        """Writes to `grad` the sum of all units of all workers; bit-identical for any number of them.
+
+        Args:
+          units: of this worker, each `on_grid`.
+        """
+        total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.int64, device=self.device)
+        for unit in units:
+            total += unit
         self.sum_integers(total)
         summed = (total.double() / GRADIENT_GRID).float()
         for parameter, part in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
+
+
+def on_grid(gradients: Sequence[Tensor]) -> Tensor:
+    """One unit's gradients as one int64 vector; rounded unit by unit, so that it doesn't matter who has which."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
+    return (flat * GRADIENT_GRID).round().to(torch.int64)

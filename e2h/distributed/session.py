@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from e2h.config import ScalingConfig, expect
@@ -29,26 +32,50 @@ LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 
 
 @contextmanager
-def session(scaling: ScalingConfig) -> Iterator[None]:
+def session(scaling: ScalingConfig, log: Path) -> Iterator[None]:
     """Connects to the cluster of RAY_ADDRESS, or starts Ray on this machine; stops what it started.
+
+    Args:
+      scaling: how many workers must fit.
+      log: where Ray's own messages go instead of the terminal; replaced.
 
     Raises:
       InputError: if the cluster can never hold the workers.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    import ray
+    with _stderr_to(log):
+        import ray
 
-    started_here = not ray.is_initialized()
-    if started_here:
-        _start(scaling)
+        started_here = not ray.is_initialized()
+        if started_here:
+            _start(scaling)
+        try:
+            _quiet_data()
+            _check_resources(scaling)
+            yield
+        finally:
+            if started_here:
+                ray.shutdown()
+
+
+@contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """File descriptor 2 goes to a file: Ray's C++ core and its child processes write there, past Python.
+
+    `sys.stderr` still writes to where descriptor 2 went before.
+    """
+    terminal, python_stderr = os.dup(2), sys.stderr
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stderr = io.TextIOWrapper(os.fdopen(terminal, "wb", buffering=0, closefd=False), write_through=True)
     try:
-        _quiet_data()
-        _check_resources(scaling)
         yield
     finally:
-        if started_here:
-            ray.shutdown()
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        sys.stderr = python_stderr
 
 
 def _start(scaling: ScalingConfig) -> None:

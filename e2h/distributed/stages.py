@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from e2h.config import Config, digest, expect
+from e2h.config import digest, expect
 from e2h.curriculum.central import CentralQuery
 from e2h.curriculum.run import Run
 from e2h.curriculum.synthesis import image_labels, shard_path
@@ -42,7 +42,7 @@ def prepare(run: Run) -> Prepared:
     if not run.done("prepare"):
         source = open_source(run.config.data)
         # Built aside: `prepared/` is whole or absent.
-        building = run.root / ".preparing"
+        building = run.root / "prepared.building"
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(run.prepared, ignore_errors=True)
         try:
@@ -52,6 +52,7 @@ def prepare(run: Run) -> Prepared:
         finally:
             shutil.rmtree(building, ignore_errors=True)
         run.mark_done("prepare")
+        run.bind()
     prepared = open_prepared(run.prepared)
     facts = prepared.manifest
     rejected = f", {facts.num_rejected} rejected (prepared/rejected.jsonl)" if facts.num_rejected else ""
@@ -70,18 +71,6 @@ def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
         write_bytes(path, json.dumps(plan.to_json(), indent=2).encode())
         run.ledger.open(plan.budget)
     plan, content = read_plan(json.loads(path.read_text())), json.loads(path.read_text())
-    show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
-    return plan
-
-
-def dry_run(config: Config, root: Path) -> PrivacyPlan:
-    """Plans without data, Ray, or spending: writes `plan.json` and prints it."""
-    source = open_source(config.data)
-    num_records = config.data.num_records or source.num_train
-    plan = make_plan(config, num_records, source.class_names)
-    content = plan.to_json()
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
     show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
     return plan
 

@@ -22,6 +22,7 @@ from e2h.privacy.events import Release
 from e2h.reporting.metrics import MetricWriter
 
 PROGRESS_FILE = "progress.json"
+REFUSAL_FILE = "refused.json"
 PROGRESS_EVERY_S = 0.5
 
 
@@ -31,7 +32,7 @@ def train_on_workers(run: Run, release: Release) -> None:
     Raises:
       InputError, BudgetError: what a worker refused.
     """
-    note = run.root / "refused.json"
+    note = run.root / REFUSAL_FILE
     note.unlink(missing_ok=True)
     storage = run.root / "ray"
     trainer = TorchTrainer(
@@ -54,6 +55,7 @@ def train_on_workers(run: Run, release: Release) -> None:
         shutil.rmtree(storage, ignore_errors=True)
     if note.exists():
         refused = json.loads(note.read_text())
+        note.unlink()
         raise {"budget": BudgetError, "input": InputError}[refused["kind"]](refused["message"])
 
 
@@ -74,8 +76,11 @@ def _raise_refusal(error: BaseException) -> None:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One worker. A refusal ends all of them in order, and the driver reads it from the note: no restarts, no trace."""
+    """One worker. A refusal goes into a note for the driver and ends the group: a group started anew reads it too."""
     run: Run = config["run"]
+    note = run.root / REFUSAL_FILE
+    if note.exists():
+        return
     workers = Workers.current(ray.train.torch.get_device())
     metrics = MetricWriter(run.root, run.config.privacy.test_mode) if workers.rank == 0 else None
     progress = _Progress(run.root / PROGRESS_FILE) if workers.rank == 0 else None
@@ -88,9 +93,11 @@ def _worker(config: dict[str, Any]) -> None:
             progress.update if progress else lambda stage, step: None,
         )
     except (BudgetError, InputError) as error:
-        if workers.rank == 0:
-            kind = "budget" if isinstance(error, BudgetError) else "input"
-            write_bytes(run.root / "refused.json", json.dumps({"kind": kind, "message": str(error)}).encode())
+        kind = "budget" if isinstance(error, BudgetError) else "input"
+        if workers.rank == 0 or not note.exists():
+            write_bytes(note, json.dumps({"kind": kind, "message": str(error)}).encode())
+        # Raised, so that workers who wait for this one in a reduction are stopped by Ray.
+        raise
     finally:
         if metrics:
             metrics.close()

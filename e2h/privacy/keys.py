@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import stat
 from pathlib import Path
 
@@ -24,9 +25,12 @@ TEST_SECRET = hashlib.sha256(b"e2h test mode: not private").digest()
 
 def create_secret(path: Path) -> None:
     """Writes a new secret from the system's entropy, owner-only, unless one is there."""
+    if path.exists():
+        return
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    # A fresh name: what a killed process left behind may be a second name of the secret itself.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(os.urandom(SECRET_BYTES).hex().encode())
@@ -69,7 +73,7 @@ def _read_owner_only(reference: str, path: Path) -> str:
         raise InputError(f"privacy.secret={reference}: expected a file with 64 hex digits; it does not exist")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise InputError(f"privacy.secret={reference}: expected a file that only its owner may read; chmod 600 it")
-    return path.read_text()
+    return path.read_text(errors="replace")
 
 
 def derive_key(secret: bytes, purpose: str, *address: object) -> bytes:
@@ -78,11 +82,6 @@ def derive_key(secret: bytes, purpose: str, *address: object) -> bytes:
     parts = [str(part).encode() for part in (purpose, *address)]
     info = b"e2h" + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
     return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info).derive(secret)
-
-
-def key_id(secret: bytes) -> str:
-    """A public name of the secret, from which it can't be computed."""
-    return derive_key(secret, "key id").hex()[:16]
 
 
 def keystream(key: bytes, first_block: int, num_blocks: int) -> bytes:

@@ -1,6 +1,7 @@
 """Append-only privacy ledger: a step is charged, durably, before its noise is drawn.
 
-A JSON line a record, each with the SHA-256 of the line before it, written under an exclusive lock and synced to disk.
+A JSON line a record, each with its own SHA-256 and that of the line before it, written under an exclusive lock and
+synced to disk.
 What is stored are events, not epsilons: a better accountant never rewrites history.
 
 A *domain* names everything that determines a release bit for bit (key, data, code, configuration, event). Steps are a
@@ -183,14 +184,16 @@ def _read(file: BinaryIO, path: Path) -> list[bytes]:
     content = file.read()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
+        _check_torn(content[len(whole) :], path)
         os.ftruncate(file.fileno(), len(whole))
         os.fsync(file.fileno())
     lines, previous = whole.splitlines(), GENESIS
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
-            intact = record["prev"] == previous and record["seq"] == number and record["v"] == VERSION
-        except (ValueError, KeyError, TypeError):
+            intact = line == _encode(record) and record["v"] == VERSION
+            intact = intact and record["prev"] == previous and record["seq"] == number
+        except (ValueError, KeyError, TypeError, AttributeError):
             intact = False
         if not intact:
             raise BudgetError(
@@ -200,10 +203,28 @@ def _read(file: BinaryIO, path: Path) -> list[bytes]:
     return lines
 
 
+def _check_torn(tail: bytes, path: Path) -> None:
+    """A torn line is a beginning of one; a whole record with another byte for its line end was altered."""
+    try:
+        whole = tail[:-1] == _encode(json.loads(tail[:-1]))
+    except (ValueError, AttributeError):
+        return
+    if whole:
+        raise BudgetError(f"{path}: the last record's end was altered, so nothing can be spent")
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    """A line: canonical JSON that carries the SHA-256 of all its other entries."""
+    content = {name: value for name, value in record.items() if name != "sha256"}
+    body = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    own = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, sort_keys=True, separators=(",", ":")).encode()
+
+
 def _append(file: BinaryIO, lines: Sequence[bytes], kind: str, content: dict[str, Any]) -> None:
     previous = hashlib.sha256(lines[-1]).hexdigest() if lines else GENESIS
     record = {"v": VERSION, "seq": len(lines), "prev": previous, "time": round(time.time(), 3), "kind": kind, **content}
-    line = json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    line = _encode(record) + b"\n"
     size = os.fstat(file.fileno()).st_size
     try:
         if file.write(line) != len(line):

@@ -154,14 +154,8 @@ def make_plan(config: Config, num_records: int, class_names: Sequence[str]) -> P
       InputError: if the expected batch is larger than N.
       BudgetError: if the easy stage alone exceeds the target.
     """
+    check_batch(config, num_records)
     batch = config.finetune.expected_batch_size
-    expect(
-        batch <= num_records,
-        "finetune.expected_batch_size",
-        batch,
-        f"at most the {num_records} training records",
-        "lower it, or use more data",
-    )
     target, delta = config.privacy.epsilon, config.privacy.delta
     easy = [central_release(config.central, target, delta)] if config.central.enabled else []
     step = PoissonSampledGaussian(batch / num_records, 1.0, config.finetune.num_steps)
@@ -170,6 +164,13 @@ def make_plan(config: Config, num_records: int, class_names: Sequence[str]) -> P
     if bound.epsilon > target:
         raise BudgetError(f"privacy.epsilon={target:g}: the plan costs {bound.epsilon:.6g}")
     return PrivacyPlan(target, delta, num_records, tuple(class_names), releases, bound, config.privacy.test_mode)
+
+
+def check_batch(config: Config, num_records: int) -> None:
+    """Raises `InputError` if the expected batch is larger than N."""
+    batch = config.finetune.expected_batch_size
+    expectation = f"at most the {num_records} training records"
+    expect(batch <= num_records, "finetune.expected_batch_size", batch, expectation, "lower it, or use more data")
 
 
 def central_release(central: CentralConfig, target: float, delta: float) -> Release:

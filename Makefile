@@ -1,0 +1,36 @@
+# ARGS="key=value ..." goes on to the program; PYTHON=python3.12 chooses the interpreter of a new environment.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench
+
+help:
+	@echo 'make demo    private digits to a publishable synthetic set, in runs/; ARGS="privacy.epsilon=1"'
+	@echo 'make test    all tests; ARGS="tests/privacy -k ledger"'
+	@echo 'make lint    style, types, and the lock against pyproject.toml and the environment'
+	@echo 'make bench   every program in benchmarks/, on its quick setting'
+	@echo 'The first of them installs into .venv.'
+
+demo: .venv/.ready
+	@$(BIN)/python jobs/pipeline.py $(ARGS)
+
+test: .venv/.ready
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python .ci/lock.py check
+
+bench: .venv/.ready
+	@set -e; for program in $(BENCHMARKS); do echo "$$program"; $(BIN)/python $$program --quick $(ARGS); done
+
+.venv/.ready: pyproject.toml requirements.lock
+	@echo 'installing into .venv (once; some minutes)'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock -e ".[dev]"
+	@touch $@
