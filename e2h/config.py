@@ -316,7 +316,8 @@ def run_name(config: Config) -> str:
     if config.run.name:
         return config.run.name
     easy = "" if config.central.enabled else "-nocentral"
-    return f"{config.data.name}-eps{config.privacy.epsilon:g}{easy}-seed{config.seed}"
+    stamp = "-NOT-PRIVATE" if config.privacy.test_mode else ""
+    return f"{config.data.name}-eps{config.privacy.epsilon:g}{easy}-seed{config.seed}{stamp}"
 
 
 # What may change between two calls of the same run: where it runs and what is only looked at.

@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 
 from e2h.config import CentralConfig
 from e2h.privacy.clipping import clip_to_grid
+from e2h.privacy.events import PoissonSampledGaussian
 from e2h.privacy.noise import gaussian_noise
 from e2h.privacy.sampling import poisson_mask
 
@@ -22,13 +23,14 @@ GRID_BITS = 20
 
 @dataclass(frozen=True)
 class CentralQuery:
-    """A query over records (image, label); everything in it is public.
+    """A query over records (image, label); everything in it is public. Sampling, rounds and noise are the event's.
 
     Sums have shape [num_rounds, num_groups, dimension]: a group is a class, or all records where the query is not
     class-conditional.
     """
 
     central: CentralConfig
+    event: PoissonSampledGaussian
     image_size: int
     channels: int
     num_classes: int
@@ -60,7 +62,7 @@ class CentralQuery:
     @property
     def expected_count(self) -> float:
         """Public expectation of the records a group gets in a round, classes taken as equally frequent."""
-        return self.central.sampling_prob * self.num_records / self.num_groups
+        return self.event.sampling_prob * self.num_records / self.num_groups
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Each record's contribution on the integer grid.
@@ -100,8 +102,8 @@ class CentralQuery:
         Returns:
           int64 [num_rounds, num_groups, dimension].
         """
-        rounds = range(self.central.num_rounds)
-        masks = np.stack([poisson_mask(key, t, record_ids, self.central.sampling_prob) for t in rounds])
+        rounds = range(self.event.count)
+        masks = np.stack([poisson_mask(key, t, record_ids, self.event.sampling_prob) for t in rounds])
         groups = labels if self.central.class_conditional else np.zeros_like(labels)
         encoded = self.encode(images)
         sums = np.zeros((len(rounds), self.num_groups, self.dimension), np.int64)
@@ -111,32 +113,30 @@ class CentralQuery:
             sums[:, group] = (masks[:, member].astype(np.float64) @ encoded[member]).astype(np.int64)
         return sums
 
-    def release(self, sums: np.ndarray, key: bytes, noise_multiplier: float) -> np.ndarray:
+    def release(self, sums: np.ndarray, key: bytes) -> np.ndarray:
         """Adds the noise, once: int64 as `sums`. Call it after the ledger has charged all rounds."""
-        noise = gaussian_noise(key, 0, sums.size, noise_multiplier * 2.0**GRID_BITS)
+        noise = gaussian_noise(key, 0, sums.size, self.event.noise_multiplier * 2.0**GRID_BITS)
         return sums + noise.reshape(sums.shape)
 
-    def decode(self, released: np.ndarray, noise_multiplier: float) -> np.ndarray:
+    def decode(self, released: np.ndarray) -> np.ndarray:
         """Central images from the released sums: post-processing.
 
         Returns:
           uint8 [num_rounds, num_groups, H, W, C] at full size.
         """
         values = released * (self.sensitivity * 2.0**-GRID_BITS)
-        pooled = (
-            self._decode_mean(values, noise_multiplier) if self.central.query == "mean" else self._decode_mode(values)
-        )
+        pooled = self._decode_mean(values) if self.central.query == "mean" else self._decode_mode(values)
         side = self.image_size // self.central.pool_factor
         small = np.clip(pooled, 0, 1).reshape(-1, side, side, self.channels)
         full = np.stack([self._enlarge(np.rint(image * 255).astype(np.uint8)) for image in small])
         return full.reshape(*released.shape[:2], self.image_size, self.image_size, self.channels)
 
-    def _decode_mean(self, values: np.ndarray, noise_multiplier: float) -> np.ndarray:
+    def _decode_mean(self, values: np.ndarray) -> np.ndarray:
         pixels, counts = values[..., :-1], np.full((1, values.shape[1], 1), self.expected_count)
         weight = self.central.count_weight * self.central.max_norm
         if weight > 0:
             # The rounds share one count; below two standard deviations of its noise it says nothing.
-            floor = 2 * noise_multiplier * self.sensitivity / (weight * np.sqrt(self.central.num_rounds))
+            floor = 2 * self.event.noise_multiplier * self.sensitivity / (weight * np.sqrt(self.event.count))
             counts = np.maximum(values[..., -1:].mean(axis=0, keepdims=True) / weight, max(floor, 1.0))
         return self.central.centre + pixels / counts
 

@@ -7,14 +7,13 @@ happen.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from e2h.config import FinetuneConfig, digest
+from e2h.config import FinetuneConfig
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.warmup import Report
@@ -41,21 +40,17 @@ class PrivateRun:
     Attributes:
       release: the accounted event: q, sigma and T come from here and from nowhere else.
       domain: digest of all that determines the output; keys are derived from it.
+      start: digest of the weights that the stage starts from; part of the domain.
     """
 
     release: Release
     ledger: Ledger
     secret: bytes
     domain: str
+    start: str = ""
 
     def key(self, purpose: str, *address: object) -> bytes:
         return derive_key(self.secret, f"{STAGE}/{purpose}", self.domain, *address)
-
-
-def fingerprint(device: torch.device, physical_batch_size: int) -> str:
-    """What floating-point results depend on beside the inputs: a replay elsewhere is not the same release."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return digest([torch.__version__, device.type, name, torch.get_num_threads(), physical_batch_size])
 
 
 def finetune(
@@ -102,7 +97,7 @@ def finetune(
             optimizer.accumulate(clipped[-1])
         optimizer.step_private(step, len(selected))
         ema.update(network)
-        _finish_step(step + 1, network, ema, optimizer, settings, event.count, clipped, workers, checkpoints, report)
+        _finish_step(step + 1, network, ema, optimizer, settings, clipped, private, workers, checkpoints, report)
         progress(step + 1)
     return ema
 
@@ -153,7 +148,7 @@ def _resume(
     if unpaid:
         raise BudgetError(
             f"checkpoint of step {step}: {len(unpaid)} of its steps are not in the ledger under this key, data, code "
-            "and machine; the ledger lost entries or the run moved, so it can't be continued; start a new run.name"
+            "and machine; the ledger lost entries or the run moved, so it can't be continued"
         )
     network.load_state_dict(state["network"])
     ema.load_state_dict(state["ema"])
@@ -192,8 +187,8 @@ def _finish_step(
     ema: EMA,
     optimizer: SecureDPOptimizer,
     settings: FinetuneConfig,
-    num_steps: int,
     clipped: list[ClippedSum],
+    private: PrivateRun,
     workers: Workers,
     checkpoints: Checkpoints,
     report: Report,
@@ -205,10 +200,11 @@ def _finish_step(
         norms = torch.cat([c.norms for c in clipped])
         report("finetune/loss", float(torch.cat([c.losses for c in clipped]).mean()), done)
         report("finetune/clipped_fraction", float((norms > settings.max_grad_norm).float().mean()), done)
-    if done % settings.checkpoint_every == 0 or done == num_steps:
+    if done % settings.checkpoint_every == 0 or done == private.release.event.count:
         state = {
             "network": network.state_dict(),
             "ema": ema.state_dict(),
             "optimizer": optimizer.original_optimizer.state_dict(),
+            "start": private.start,
         }
         checkpoints.save(STAGE, done, state)

@@ -65,7 +65,8 @@ class Run:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger(self.root / "ledger.jsonl", lambda releases, delta: epsilon(releases, delta).epsilon)
+        witness = self.root.parent / ".secrets" / f"{self.root.name}.head"
+        return Ledger(self.root / "ledger.jsonl", lambda releases, delta: epsilon(releases, delta).epsilon, witness)
 
     @property
     def secret_reference(self) -> str:
@@ -116,8 +117,8 @@ class Run:
 def run_root(config: Config) -> Path:
     if "://" in config.run.storage:
         raise InputError(
-            f"run.storage={config.run.storage}: expected a local or shared folder (NFS, a mounted bucket); the ledger "
-            "needs locks that this address does not give; the data itself may lie at data.path=s3://..."
+            f"run.storage={config.run.storage}: expected a local folder, or one shared by NFS 4; the ledger needs "
+            "locks and appends that an object store does not give; the data itself may lie at data.path=s3://..."
         )
     return Path(config.run.storage).expanduser().resolve() / run_name(config)
 
@@ -133,6 +134,8 @@ def open_run(config: Config) -> Iterator[Run]:
     check_binding(run.root, config)
     run.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _only_one(run.root / ".lock"):
+        check_binding(run.root, config)
+        (run.root.parent / ".secrets").mkdir(exist_ok=True, mode=0o700)
         if not config.privacy.test_mode and config.privacy.secret is None:
             create_secret(Path(run.secret_reference.removeprefix("file:")))
         run.secret()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from e2h.config import digest
 from e2h.curriculum.checkpoint import Checkpoints
-from e2h.curriculum.finetune import PrivateRun, finetune, fingerprint
+from e2h.curriculum.finetune import PrivateRun, finetune
+from e2h.curriculum.machine import machine
 from e2h.curriculum.run import Run
 from e2h.curriculum.warmup import Report, warm_up
 from e2h.curriculum.workers import Workers
@@ -32,11 +35,13 @@ def train(run: Run, release: Release, workers: Workers, report: Report, progress
     """
     # One thread a worker: sums inside a kernel then have one order, and a replay is bit-identical.
     torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
     prepared = open_prepared(run.prepared)
     network = new_network(run, prepared)
     checkpoints = Checkpoints(run.checkpoints, run.training_binding)
     config = run.config
-    if config.central.enabled and checkpoints.latest("finetune") is None:
+    saved = checkpoints.latest("finetune")
+    if config.central.enabled and saved is None:
         warm_up(
             network,
             *central_images(run),
@@ -47,11 +52,12 @@ def train(run: Run, release: Release, workers: Workers, report: Report, progress
             report,
             lambda step: progress("warmup", step),
         )
+    start = saved[1]["start"] if saved else weights_digest(network)
     ema = finetune(
         network,
         map_split(prepared, "train", run.prepared),
         config.finetune,
-        private_run(run, release, prepared, workers),
+        private_run(run, release, prepared, workers, start),
         config.seed,
         config.scaling.physical_batch_size,
         workers,
@@ -77,10 +83,26 @@ def central_images(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return read_hf_parquet([run.central / "images.parquet"])
 
 
-def private_run(run: Run, release: Release, prepared: Prepared, workers: Workers) -> PrivateRun:
-    place = fingerprint(workers.device, run.config.scaling.physical_batch_size)
+def private_run(run: Run, release: Release, prepared: Prepared, workers: Workers, start: str) -> PrivateRun:
+    """Binds the stage to its secret, ledger and domain, the same on every worker.
+
+    Args:
+      start: digest of the weights before the first private step.
+    """
+    device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else workers.device.type
+    one = machine(device, torch.get_num_threads(), run.config.scaling.physical_batch_size)
+    # The kinds of machine in the group, not their number: a unit's result depends on where it is computed.
+    place = digest([start, workers.distinct(one)])
     domain = run.domain(release.event.to_json(), prepared.manifest.digest, place)
-    return PrivateRun(release, run.ledger, run.secret(), domain)
+    return PrivateRun(release, run.ledger, run.secret(), domain, start)
+
+
+def weights_digest(network: UNet) -> str:
+    """SHA-256 over all parameters in order."""
+    total = hashlib.sha256()
+    for parameter in network.parameters():
+        total.update(parameter.detach().cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def save_weights(path: Path, network: UNet) -> None:

@@ -38,6 +38,14 @@ class Workers:
         if self.size > 1:
             dist.all_reduce(values)
 
+    def distinct(self, digest: str) -> list[str]:
+        """The different values among the workers' hexadecimal digests, sorted: the same list on every worker."""
+        own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.int64, device=self.device)
+        rows = torch.zeros(self.size, len(own), dtype=torch.int64, device=self.device)
+        rows[self.rank] = own
+        self.sum_integers(rows)
+        return sorted({bytes(row).hex() for row in rows.tolist()})
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter], units: list[Tensor]) -> None:
         """Writes to `grad` the sum of all units of all workers; bit-identical for any number of them.
 

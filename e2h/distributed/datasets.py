@@ -37,10 +37,11 @@ def prepare_shards(source: Source, data: DataConfig, folder: str) -> list[ShardS
     """
 
     def prepare(row: Row) -> Row:
-        index = int(row["index"])
-        return _answer(lambda: prepare_shard(source.shards[index], data, folder, index))
+        shard = pickle.loads(row["shard"])
+        return _answer(lambda: prepare_shard(shard, data, folder, int(row["index"])))
 
-    return list(_values(_shards(len(source.shards)).map(prepare)))
+    rows = [{"index": index, "shard": pickle.dumps(shard)} for index, shard in enumerate(source.shards)]
+    return list(_values(_tasks(rows).map(prepare)))
 
 
 def central_sums(run: Run, prepared: Prepared, query: CentralQuery, domain: str) -> np.ndarray:
@@ -53,18 +54,22 @@ def central_sums(run: Run, prepared: Prepared, query: CentralQuery, domain: str)
     def partial_sums(row: Row) -> Row:
         # The secret is resolved where it is used: it never enters the object store.
         key = derive_key(run.secret(), "central/sampling", domain)
-        return _answer(lambda: _file_sums(paths[int(row["index"])], query, key))
+        return _answer(lambda: _file_sums(row["path"], query, key))
 
-    total = np.zeros((query.central.num_rounds, query.num_groups, query.dimension), np.int64)
-    for part in _values(_shards(len(paths)).map(partial_sums)):
-        total += part
+    total, num_records = np.zeros((query.event.count, query.num_groups, query.dimension), np.int64), 0
+    for part, count in _values(_tasks([{"path": path} for path in paths]).map(partial_sums)):
+        total, num_records = total + part, num_records + count
+    if num_records != prepared.manifest.num_train:
+        raise RuntimeError(f"the pass saw {num_records} records of {prepared.manifest.num_train}; nothing was released")
     return total
 
 
-def _file_sums(path: str, query: CentralQuery, key: bytes) -> np.ndarray:
-    blocks = iter_batches([path], BLOCK_RECORDS)
-    parts = [query.partial_sums(block.images, block.labels, block.ids, key) for block in blocks]
-    return np.sum(parts, axis=0)
+def _file_sums(path: str, query: CentralQuery, key: bytes) -> tuple[np.ndarray, int]:
+    """Sums over one file, and how many records it has."""
+    total, count = np.zeros((query.event.count, query.num_groups, query.dimension), np.int64), 0
+    for block in iter_batches([path], BLOCK_RECORDS):
+        total, count = total + query.partial_sums(block.images, block.labels, block.ids, key), count + len(block)
+    return total, count
 
 
 def synthesize(run: Run, num_shards: int) -> int:
@@ -82,7 +87,7 @@ def synthesize(run: Run, num_shards: int) -> int:
         def __call__(self, row: Row) -> Row:
             return _answer(lambda: self.synthesizer.write_shard(int(row["index"])))
 
-    made = _shards(num_shards).map(
+    made = _tasks([{"index": index} for index in range(num_shards)]).map(
         Sampler,  # type: ignore[arg-type]
         compute=ActorPoolStrategy(size=min(scaling.num_workers, num_shards)),
         num_cpus=scaling.cpus_per_worker,
@@ -91,8 +96,9 @@ def synthesize(run: Run, num_shards: int) -> int:
     return sum(_values(made))
 
 
-def _shards(count: int) -> ray.data.Dataset:
-    return ray.data.from_items([{"index": index} for index in range(count)], override_num_blocks=count)
+def _tasks(rows: list[Row]) -> ray.data.Dataset:
+    """One block, and so one task, a row."""
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 def _answer(work: Callable[[], object]) -> Row:

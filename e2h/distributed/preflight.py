@@ -32,7 +32,9 @@ def dry_run(config: Config, root: Path) -> PrivacyPlan:
     num_records = config.data.num_records or source.num_train
     plan = make_plan(config, num_records, source.class_names)
     content = plan.to_json()
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
+    # The plan of a run that has begun is what its ledger was opened with: looking must not change it.
+    if not (root / "ledger.jsonl").exists():
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
     show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
     return plan

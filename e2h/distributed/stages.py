@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import platform
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 
-from e2h.config import digest, expect
+from e2h.config import expect
 from e2h.curriculum.central import CentralQuery
+from e2h.curriculum.machine import machine
 from e2h.curriculum.run import Run
 from e2h.curriculum.synthesis import image_labels, shard_path
 from e2h.data.exports import read_hf_parquet, write_hf_parquet
@@ -27,7 +29,7 @@ from e2h.data.storage import Prepared, load_split, open_prepared
 from e2h.distributed import datasets
 from e2h.distributed.console import say, show_plan, training_status
 from e2h.distributed.training import PROGRESS_FILE, train_on_workers
-from e2h.errors import InputError
+from e2h.errors import BudgetError, InputError
 from e2h.evaluation.evaluate import evaluate as measure
 from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan, make_plan, read_plan
@@ -51,8 +53,8 @@ def prepare(run: Run) -> Prepared:
             building.rename(run.prepared)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-        run.mark_done("prepare")
         run.bind()
+        run.mark_done("prepare")
     prepared = open_prepared(run.prepared)
     facts = prepared.manifest
     rejected = f", {facts.num_rejected} rejected (prepared/rejected.jsonl)" if facts.num_rejected else ""
@@ -64,15 +66,23 @@ def prepare(run: Run) -> Prepared:
 
 def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
     """Solves every noise multiplier for the target and opens the budget; spends nothing."""
-    path = run.root / "plan.json"
-    facts = prepared.manifest
-    if run.ledger.budget() is None:
-        plan = make_plan(run.config, facts.num_listed_train, facts.class_names)
-        write_bytes(path, json.dumps(plan.to_json(), indent=2).encode())
-        run.ledger.open(plan.budget)
-    plan, content = read_plan(json.loads(path.read_text())), json.loads(path.read_text())
+    plan, content = _read_or_make_plan(run, prepared)
     show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
     return plan
+
+
+def _read_or_make_plan(run: Run, prepared: Prepared) -> tuple[PrivacyPlan, dict[str, Any]]:
+    path, facts = run.root / "plan.json", prepared.manifest
+    if run.ledger.budget() is None or not path.exists():
+        made = make_plan(run.config, facts.num_listed_train, facts.class_names)
+        write_bytes(path, json.dumps(made.to_json(), indent=2).encode())
+    content = json.loads(path.read_text())
+    plan = read_plan(content)
+    public = (plan.num_records, plan.class_names, plan.not_private)
+    if public != (facts.num_listed_train, facts.class_names, run.config.privacy.test_mode):
+        raise InputError(f"{path}: expected the plan of this data and configuration; it was altered, remove it")
+    run.ledger.open(plan.budget)
+    return plan, content
 
 
 def release_central_images(run: Run, prepared: Prepared, plan: PrivacyPlan) -> None:
@@ -81,16 +91,14 @@ def release_central_images(run: Run, prepared: Prepared, plan: PrivacyPlan) -> N
         return
     if not run.done("central"):
         facts, event = prepared.manifest, plan.release("central").event
-        query = CentralQuery(
-            run.config.central, facts.image_size, facts.channels, len(facts.class_names), plan.num_records
-        )
-        machine = digest([np.__version__, platform.machine()])
-        domain = run.domain(event.to_json(), facts.digest, machine)
+        classes = len(facts.class_names)
+        query = CentralQuery(run.config.central, event, facts.image_size, facts.channels, classes, plan.num_records)
+        domain = run.domain(event.to_json(), facts.digest, machine())
         run.ledger.spend("central", event, domain, 0, event.count)
         sums = datasets.central_sums(run, prepared, query, domain)
         noise_key = derive_key(run.secret(), "central/noise", domain)
-        released = query.release(sums, noise_key, event.noise_multiplier)
-        _write_central(run, query.decode(released, event.noise_multiplier), facts.class_names)
+        released = query.release(sums, noise_key)
+        _write_central(run, query.decode(released), facts.class_names)
         write_bytes(run.central / "event.json", json.dumps(event.to_json(), indent=2).encode())
         run.mark_done("central")
     num_rounds, kind = run.config.central.num_rounds, run.config.central.query
@@ -135,7 +143,7 @@ def sample(run: Run) -> None:
     labels = image_labels(run.config.sampling, len(facts.class_names))
     num_shards = -(-len(labels) // run.config.sampling.images_per_shard)
     if not run.done("sample"):
-        run.synthetic.mkdir(exist_ok=True, mode=0o700)
+        _forget_images_of_other_weights(run)
         datasets.synthesize(run, num_shards)
         columns = len(facts.class_names)
         images, shown = read_hf_parquet([shard_path(run.synthetic, 0)])
@@ -145,6 +153,15 @@ def sample(run: Run) -> None:
         _write_grid(run, "synthetic/grid", run.synthetic / "grid.png", images[picked], columns)
         run.mark_done("sample")
     say("sample", f"{len(labels)} synthetic images (synthetic/grid.png)")
+
+
+def _forget_images_of_other_weights(run: Run) -> None:
+    """Keeps images that a stopped call left only if they came from these very weights."""
+    path, weights = run.synthetic / "weights.sha256", hashlib.sha256(run.weights.read_bytes()).hexdigest()
+    if not path.exists() or path.read_text() != weights:
+        shutil.rmtree(run.synthetic, ignore_errors=True)
+        run.synthetic.mkdir(mode=0o700)
+        write_bytes(path, weights.encode())
 
 
 def evaluate(run: Run) -> None:
@@ -163,7 +180,7 @@ def evaluate(run: Run) -> None:
     say("evaluate", f"accuracy on {result['num_real_test']} real test images: {accuracies} (sensitive)")
 
 
-def _evaluate(run: Run) -> dict:
+def _evaluate(run: Run) -> dict[str, Any]:
     config = run.config
     prepared = open_prepared(run.prepared)
     real_train, real_test = load_split(prepared, "train"), load_split(prepared, "test")
@@ -178,10 +195,17 @@ def _evaluate(run: Run) -> dict:
 
 
 def publish(run: Run) -> Path:
-    """`release/`: the only folder to publish, and the report for its owner."""
+    """`release/`: the only folder to publish, and the report for its owner.
+
+    Raises:
+      BudgetError: if the ledger charged anything else than the plan says: then the plan's epsilon is not the release's.
+    """
     if not run.done("sample"):
         raise InputError(f"run.name={run.root.name}: expected synthetic images; run the sample job first")
-    release = build_release(run.root)
+    plan, _ = _read_or_make_plan(run, open_prepared(run.prepared))
+    if set(run.ledger.charged()) != set(plan.releases):
+        raise BudgetError(f"{run.ledger.path}: expected charges of {plan.releases}, found {run.ledger.charged()}")
+    release = build_release(run.root, run.ledger.head())
     say("publish", f"to publish: {release}")
     say("", f"for you alone: {run.root / 'report.html'}")
     return release

@@ -1,8 +1,9 @@
 """epsilon(delta) of composed releases, and the noise multiplier that spends exactly what is left.
 
-PLD (privacy loss distributions; Koskela et al. 2020, Doroshenko et al. 2022) decides, RDP (Mironov 2017) is the
-cross-check: both are upper bounds, so the smaller one is claimed. PLD's discretisation makes it needlessly large for
-tiny q and many steps, where RDP wins; below delta = 1e-10 its FFT becomes optimistic and it is refused.
+PLD (privacy loss distributions; Koskela et al. 2020, Doroshenko et al. 2022) is claimed, RDP (Mironov 2017) is the
+cross-check. Both are upper bounds. Where PLD is the larger one (tiny q and very many steps, by its discretisation) the
+claim stays PLD's, so that anyone recomputes it with dp_accounting's defaults. Below delta = 1e-10 its FFT becomes
+optimistic and it is refused.
 """
 
 from __future__ import annotations
@@ -37,11 +38,9 @@ TOLERANCE = 2e-4
 
 @dataclass(frozen=True)
 class Bound:
-    """A valid upper bound on epsilon and where it comes from."""
+    """A valid upper bound on epsilon by PLD, and what RDP says of the same releases."""
 
     epsilon: float
-    accountant: str  # "pld" | "rdp"
-    epsilon_pld: float
     epsilon_rdp: float
 
 
@@ -74,9 +73,8 @@ def epsilon(releases: Sequence[Release], delta: float) -> Bound:
     """The smallest proven epsilon of all `releases` together at `delta`."""
     charged = [release for release in releases if release.event.count > 0]
     if not charged:
-        return Bound(0.0, "pld", 0.0, 0.0)
-    pld, rdp = epsilon_pld(charged, delta), epsilon_rdp(charged, delta)
-    return Bound(min(pld, rdp), "pld" if pld <= rdp else "rdp", pld, rdp)
+        return Bound(0.0, 0.0)
+    return Bound(epsilon_pld(charged, delta), epsilon_rdp(charged, delta))
 
 
 def calibrate(
@@ -104,24 +102,20 @@ def calibrate(
         return bound([*spent, release(noise_multiplier)], delta)
 
     already = epsilon(spent, delta).epsilon
-    if already >= target or cost(_certified, MAX_NOISE_MULTIPLIER) > target:
+    if already >= target or cost(epsilon_pld, MAX_NOISE_MULTIPLIER) > target:
         raise BudgetError(
             f"privacy.epsilon={target:g}: {', '.join(r.name for r in spent)} alone costs epsilon {already:.4g} at "
             f"delta {delta:g} and leaves nothing for {name}; give it more noise, fewer rounds, or raise the target"
         )
     # Every solution here is safe, and each is a close start for the next, slower accountant.
     high = _smallest(lambda s: cost(epsilon_rdp, s), target, 1e-2, MAX_NOISE_MULTIPLIER)
-    for bound, step in ((_coarse, 1.2), (_certified, 1.003)):
+    for bound, step in ((_coarse, 1.2), (epsilon_pld, 1.003)):
         high = _improve(functools.partial(cost, bound), target, high, step)
     return release(high)
 
 
 def _coarse(releases: Sequence[Release], delta: float) -> float:
     return epsilon_pld(releases, delta, COARSE_GRID)
-
-
-def _certified(releases: Sequence[Release], delta: float) -> float:
-    return epsilon(releases, delta).epsilon
 
 
 def _improve(cost: Callable[[float], float], target: float, start: float, step: float) -> float:

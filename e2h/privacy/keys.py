@@ -63,8 +63,11 @@ def load_secret(reference: str) -> bytes:
         secret = bytes.fromhex(text.strip())
     except ValueError:
         secret = b""
-    if len(secret) != SECRET_BYTES:
-        raise InputError(f"privacy.secret={reference}: expected 64 hex digits; make some with `openssl rand -hex 32`")
+    # Random bytes have fewer than 16 different values among 32 once in 10^17 times.
+    if len(secret) != SECRET_BYTES or secret == TEST_SECRET or len(set(secret)) < 16:
+        raise InputError(
+            f"privacy.secret={reference}: expected 64 random hex digits; make some with `openssl rand -hex 32`"
+        )
     return secret
 
 

@@ -45,10 +45,13 @@ class Ledger:
     Args:
       path: the JSON-lines file; its folder must exist.
       cost: epsilon of a list of releases at the budget's delta.
+      witness: a small file elsewhere that holds the ledger's length and head, so that a cut tail is noticed.
     """
 
-    def __init__(self, path: Path, cost: Callable[[Sequence[Release], float], float]) -> None:
-        self.path, self.cost = path, cost
+    def __init__(
+        self, path: Path, cost: Callable[[Sequence[Release], float], float], witness: Path | None = None
+    ) -> None:
+        self.path, self.cost, self.witness = path, cost, witness
 
     def open(self, budget: Budget) -> None:
         """Starts the ledger, or checks that it was started with this budget.
@@ -58,14 +61,14 @@ class Ledger:
           BudgetError: if the plan costs more than the budget.
         """
         with self._locked() as file:
-            lines = _read(file, self.path)
+            lines = self._read(file)
             if not lines:
                 planned_cost = self.cost(budget.planned, budget.delta)
                 if planned_cost > budget.epsilon:
                     raise BudgetError(
                         f"privacy.epsilon={budget.epsilon:g}: the plan costs {planned_cost:.4g}; nothing was spent"
                     )
-                _append(file, lines, "OPEN", _budget_json(budget))
+                self._append(file, lines, "OPEN", _budget_json(budget))
             elif (opened := _budget_from(lines[0])) != budget:
                 raise InputError(f"{self.path}: expected the budget of this plan, found {opened}; use a new run.name")
 
@@ -84,7 +87,7 @@ class Ledger:
           BudgetError: if the charge exceeds the budget; then nothing is written.
         """
         with self._locked() as file:
-            lines = _read(file, self.path)
+            lines = self._read(file)
             steps = set(range(start, stop)) - _steps(lines, domain, name, event)
             if not steps:
                 return False
@@ -94,8 +97,9 @@ class Ledger:
                 "domain": domain,
                 "steps": [start, stop],
             }
-            self._check(lines, record)
-            _append(file, lines, "SPEND", record)
+            # Not this block alone: a release that can't be finished must not begin.
+            self._check(lines, {**record, "steps": [0, event.count]})
+            self._append(file, lines, "SPEND", record)
         return True
 
     def _check(self, lines: list[bytes], record: dict[str, Any]) -> None:
@@ -110,13 +114,13 @@ class Ledger:
             raise BudgetError(
                 f"privacy.epsilon={budget.epsilon:g}: charging {record['release']} steps {record['steps']} would bring "
                 f"epsilon to {total:.4g}. Steps of another domain (other data, code, key or machine) were already "
-                f"released and can't be replayed; continue where the run began, or start a new run.name"
+                f"released and can't be replayed: continue where the run began, with its key, code and kind of machine"
             )
 
     def budget(self) -> Budget | None:
         """What the ledger was opened with."""
         with self._locked() as file:
-            lines = _read(file, self.path)
+            lines = self._read(file)
         return _budget_from(lines[0]) if lines else None
 
     def charged(self) -> tuple[Release, ...]:
@@ -128,20 +132,38 @@ class Ledger:
         if not self.path.exists():
             return ()
         with self._locked() as file:
-            return charged(_read(file, self.path))
+            return charged(self._read(file))
 
     def paid(self, name: str, domain: str) -> set[int]:
         """Steps of a release paid in a domain."""
         with self._locked() as file:
-            records = [json.loads(line) for line in _read(file, self.path)]
+            records = [json.loads(line) for line in self._read(file)]
         spends = [r for r in records if r["kind"] == "SPEND" and r["release"] == name and r["domain"] == domain]
         return {step for record in spends for step in range(*record["steps"])}
 
-    def head(self) -> str:
-        """SHA-256 of the last record: publish it, and a cut tail can be noticed."""
+    def head(self) -> tuple[int, str]:
+        """Number of records and SHA-256 of the last one: published, so that a cut tail can be noticed."""
         with self._locked() as file:
-            lines = _read(file, self.path)
-        return hashlib.sha256(lines[-1]).hexdigest() if lines else GENESIS
+            return _head(self._read(file))
+
+    def _read(self, file: BinaryIO) -> list[bytes]:
+        lines = _read(file, self.path)
+        # An empty ledger is a run begun anew: with the old key it can only repeat what it released.
+        if lines and self.witness is not None and self.witness.exists():
+            length, head = json.loads(self.witness.read_text())
+            if _head(lines[:length]) != (length, head):
+                raise BudgetError(
+                    f"{self.path}: expected the {length} records that {self.witness} saw; some are missing"
+                )
+        return lines
+
+    def _append(self, file: BinaryIO, lines: Sequence[bytes], kind: str, content: dict[str, Any]) -> None:
+        line = _append(file, lines, kind, content)
+        if self.witness is not None:
+            # After the record: a kill in between leaves a witness of fewer records, which the ledger satisfies.
+            temporary = self.witness.with_name(f".{self.witness.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(_head([*lines, line])))
+            temporary.replace(self.witness)
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -149,6 +171,10 @@ class Ledger:
         with os.fdopen(descriptor, "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
+
+
+def _head(lines: Sequence[bytes]) -> tuple[int, str]:
+    return len(lines), hashlib.sha256(lines[-1]).hexdigest() if lines else GENESIS
 
 
 def charged(lines: Sequence[bytes]) -> tuple[Release, ...]:
@@ -221,8 +247,9 @@ def _encode(record: dict[str, Any]) -> bytes:
     return json.dumps({**content, "sha256": own}, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _append(file: BinaryIO, lines: Sequence[bytes], kind: str, content: dict[str, Any]) -> None:
-    previous = hashlib.sha256(lines[-1]).hexdigest() if lines else GENESIS
+def _append(file: BinaryIO, lines: Sequence[bytes], kind: str, content: dict[str, Any]) -> bytes:
+    """Adds one record durably; returns its line."""
+    _, previous = _head(lines)
     record = {"v": VERSION, "seq": len(lines), "prev": previous, "time": round(time.time(), 3), "kind": kind, **content}
     line = _encode(record) + b"\n"
     size = os.fstat(file.fileno()).st_size
@@ -234,6 +261,7 @@ def _append(file: BinaryIO, lines: Sequence[bytes], kind: str, content: dict[str
         # A full disk: take the torn line back, so that nothing half-written stays.
         os.ftruncate(file.fileno(), size)
         raise
+    return line[:-1]
 
 
 def _budget_json(budget: Budget) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from e2h.errors import BudgetError
 from e2h.privacy.accounting import (
     COARSE_GRID,
     NEIGHBOURING_RELATION,
-    RDP_ORDERS,
     Bound,
     calibrate,
     epsilon,
@@ -95,10 +94,8 @@ class PrivacyPlan:
             "delta": self.delta,
             "target_epsilon": self.target_epsilon,
             "num_records": self.num_records,
-            "epsilon_pld": self.bound.epsilon_pld,
             "epsilon_rdp": self.bound.epsilon_rdp,
-            "rdp_orders": list(RDP_ORDERS) if self.bound.accountant == "rdp" else None,
-            "accountant": self.bound.accountant,
+            "accountant": "pld",
             "accountant_version": f"dp-accounting {version('dp-accounting')}",
             "neighbouring_relation": NEIGHBOURING_RELATION.name,
             "epsilon_at_delta": [list(p) for p in zip(deltas, epsilon_curve(self.releases, deltas), strict=True)],
@@ -114,7 +111,7 @@ class PrivacyPlan:
 def read_plan(value: dict[str, Any]) -> PrivacyPlan:
     """The plan that `PrivacyPlan.to_json` wrote."""
     releases = tuple(Release(r["name"], PoissonSampledGaussian.from_json(r["event"])) for r in value["releases"])
-    bound = Bound(value["epsilon"], value["accountant"], value["epsilon_pld"], value["epsilon_rdp"])
+    bound = Bound(value["epsilon"], value["epsilon_rdp"])
     names = tuple(value["public"]["class_names"])
     return PrivacyPlan(
         value["target_epsilon"], value["delta"], value["num_records"], names, releases, bound, value["not_private"]
@@ -189,7 +186,9 @@ def code_digest() -> str:
     """SHA-256 of the code that determines a release: other code is another domain, paid again."""
     root = Path(e2h.__file__).parent
     digest = hashlib.sha256(e2h.__version__.encode())
+    paths = [root / "config.py"]
     for package in ("privacy", "diffusion", "curriculum", "data"):
-        for path in sorted((root / package).glob("*.py")):
-            digest.update(f"{package}/{path.name}".encode() + path.read_bytes())
+        paths += sorted((root / package).glob("*.py"))
+    for path in paths:
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()

@@ -127,7 +127,11 @@ def ledger_problems(folder: Path) -> list[str]:
     try:
         ledger = read_ledger(folder / "ledger.json")
         found = [f"ledger.json: {key} is missing" for key in LEDGER_KEYS if key not in ledger]
-        found += [f"ledger.json: unexpected entry {k!r}" for k in ledger if k not in (*LEDGER_KEYS, "not_private")]
+        found += [
+            f"ledger.json: unexpected entry {k!r}"
+            for k in ledger
+            if k not in (*LEDGER_KEYS, "not_private", "ledger_head")
+        ]
         stated, again = stated_epsilon(ledger), recompute(ledger)
     except InputError as error:
         return [f"ledger.json: {error}"]

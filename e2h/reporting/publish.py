@@ -22,11 +22,12 @@ from e2h.reporting.report import count_images, render
 PRIVATE_KEYS = (("data", "path"), ("privacy", "secret"), ("run", "storage"))
 
 
-def publish(run_dir: str | os.PathLike[str]) -> Path:
+def publish(run_dir: str | os.PathLike[str], ledger_head: tuple[int, str] | None = None) -> Path:
     """Builds `release/` in a temporary folder beside it, checks it, and puts it in place of an older one.
 
     Args:
       run_dir: a run whose synthetic images and final weights exist.
+      ledger_head: number of records of the run's ledger and SHA-256 of the last, so that a cut tail can be noticed.
 
     Returns:
       The path of the release folder.
@@ -40,7 +41,7 @@ def publish(run_dir: str | os.PathLike[str]) -> Path:
         old.rename(release)  # killed between the two renames below
     shutil.rmtree(building, ignore_errors=True)
     try:
-        _build(run_dir, building)
+        _build(run_dir, building, ledger_head)
         problems = [*content_problems(building), *ledger_problems(building)]
         if problems:
             raise InputError(f"release: expected nothing private in it, found {'; '.join(problems)}")
@@ -59,7 +60,7 @@ def _replace(new: Path, release: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _build(run_dir: Path, target: Path) -> None:
+def _build(run_dir: Path, target: Path, ledger_head: tuple[int, str] | None) -> None:
     plan, config = facts.read_json(run_dir / "plan.json"), facts.read_config(run_dir)
     tables = sorted((run_dir / "synthetic").glob("*.parquet"))
     weights, grid = run_dir / "checkpoints" / "model.safetensors", run_dir / "synthetic" / "grid.png"
@@ -69,7 +70,7 @@ def _build(run_dir: Path, target: Path) -> None:
             raise InputError(f"{name}: expected this file in the run directory; finish the run before publishing")
     num_bytes = sum(path.stat().st_size for path in tables)
     _write(target / "README.md", card(plan, config, count_images(run_dir), num_bytes))
-    _write(target / "ledger.json", json.dumps(ledger(plan), indent=2) + "\n")
+    _write(target / "ledger.json", json.dumps(ledger(plan, ledger_head), indent=2) + "\n")
     _write(target / "config.yaml", yaml.safe_dump(public_config(config), sort_keys=False))
     _write(target / "report.html", render(run_dir, internal=False))
     _copy(weights, target / "model.safetensors")
@@ -78,12 +79,14 @@ def _build(run_dir: Path, target: Path) -> None:
         _copy(path, target / "data" / path.name)
 
 
-def ledger(plan: Mapping[str, Any]) -> dict[str, Any]:
+def ledger(plan: Mapping[str, Any], head: tuple[int, str] | None = None) -> dict[str, Any]:
     """The published ledger: what was spent, enough to recompute epsilon, and nothing else of the plan."""
     same = ("epsilon", "delta", "target_epsilon", "neighbouring_relation", "accountant", "accountant_version")
     found = {key: plan[key] for key in same}
     found["releases"] = [{key: entry[key] for key in ("name", "event", "epsilon_alone")} for entry in plan["releases"]]
     found |= {"n_is_public": plan["n_is_public"], "tuning": plan.get("tuning")}
+    if head is not None:
+        found["ledger_head"] = {"records": head[0], "sha256": head[1]}
     return found | ({"not_private": True} if plan["not_private"] else {})
 
 

@@ -1,0 +1,28 @@
+"""What floating-point results depend on beside the inputs.
+
+A replay is free only where it gives the same bits; on another kind of machine it is another release, and is charged.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from e2h.config import digest
+
+
+def machine(*also: object) -> str:
+    """Digest of the processor, the numerical libraries, and whatever else is given."""
+    libraries = [version(name) for name in ("torch", "numpy", "opacus")]
+    return digest([_processor(), *libraries, *(str(one) for one in also)])
+
+
+def _processor() -> list[str]:
+    """Model and vector instructions: kernels choose their order of sums by them."""
+    found = [platform.machine(), platform.processor()]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = ("model name", "flags", "Features", "CPU part")
+        found += sorted({line for line in cpuinfo.read_text().splitlines() if line.startswith(names)})
+    return found
