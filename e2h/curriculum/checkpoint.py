@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from e2h.data.filesystem import atomic_writer
 from e2h.errors import InputError
 
 FORMAT = "e2h-checkpoint-1"
+KEYS = {"format", "binding", "stage", "step", "state"}
 
 
 class Checkpoints:
@@ -51,11 +51,13 @@ class Checkpoints:
     def _load(self, path: Path) -> dict[str, Any]:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # a damaged pickle fails in a dozen ways
             raise InputError(
                 f"{path}: expected a checkpoint that e2h wrote; it can't be read safely, remove it"
             ) from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not isinstance(content, dict) or content.get("format") != FORMAT or not content.keys() >= KEYS:
             raise InputError(f"{path}: expected a checkpoint that e2h wrote; remove it")
         return content
 

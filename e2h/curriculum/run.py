@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+import e2h
 from e2h.config import Config, binding, differences, digest, run_name
 from e2h.data.filesystem import write_bytes
 from e2h.errors import InputError
@@ -132,7 +133,11 @@ def open_run(config: Config) -> Iterator[Run]:
     """
     run = Run(run_root(config), config)
     check_binding(run.root, config)
-    run.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        run.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        advice = f"{error.strerror}: {error.filename}; choose another"
+        raise InputError(f"run.storage={config.run.storage}: expected a folder to write to ({advice})") from error
     with _only_one(run.root / ".lock"):
         check_binding(run.root, config)
         (run.root.parent / ".secrets").mkdir(exist_ok=True, mode=0o700)
@@ -180,7 +185,7 @@ def _describe(run: Run) -> None:
     write_bytes(run.root / "command.txt", (shlex.join(["python", *sys.argv]) + "\n").encode())
     packages = {name: version(name) for name in PACKAGES}
     environment = {
-        "e2h": version("e2h"),
+        "e2h": e2h.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         **packages,

@@ -35,6 +35,7 @@ from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan, make_plan, read_plan
 from e2h.reporting.metrics import MetricWriter
 from e2h.reporting.publish import publish as build_release
+from e2h.reporting.report import write_report
 
 GRID_SIDE = 320
 
@@ -206,6 +207,7 @@ def publish(run: Run) -> Path:
     if set(run.ledger.charged()) != set(plan.releases):
         raise BudgetError(f"{run.ledger.path}: expected charges of {plan.releases}, found {run.ledger.charged()}")
     release = build_release(run.root, run.ledger.head())
+    report = write_report(run.root)
     say("publish", f"to publish: {release}")
-    say("", f"for you alone: {run.root / 'report.html'}")
+    say("", f"for you alone: {report}")
     return release

@@ -70,7 +70,7 @@ def epsilon_rdp(releases: Sequence[Release], delta: float) -> float:
 
 
 def epsilon(releases: Sequence[Release], delta: float) -> Bound:
-    """The smallest proven epsilon of all `releases` together at `delta`."""
+    """Epsilon of all `releases` together at `delta`, by both accountants."""
     charged = [release for release in releases if release.event.count > 0]
     if not charged:
         return Bound(0.0, 0.0)

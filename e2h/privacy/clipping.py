@@ -22,7 +22,8 @@ def clip_to_grid(vectors: np.ndarray, max_norm: float, grid_bits: int) -> np.nda
     vectors = np.where(finite, vectors, 0.0)
     # The largest entry is divided out first, so that squaring can't overflow.
     largest = np.maximum(np.abs(vectors).max(axis=1, keepdims=True, initial=0.0), np.finfo(np.float64).tiny)
-    norms = largest * np.linalg.norm(vectors / largest, axis=1, keepdims=True)
+    with np.errstate(over="ignore"):  # an infinite norm scales its row to zero
+        norms = largest * np.linalg.norm(vectors / largest, axis=1, keepdims=True)
     # One part in 2^40 below the bound absorbs the rounding of the norm and of the product.
-    scale = np.minimum(1.0, max_norm * (1 - 2.0**-40) / np.maximum(norms, np.finfo(np.float64).tiny))
-    return np.trunc(vectors * scale * (2.0**grid_bits / max_norm))
+    bound = max_norm * (1 - 2.0**-40)
+    return np.trunc(vectors * (bound / np.maximum(norms, bound)) * (2.0**grid_bits / max_norm))

@@ -79,6 +79,7 @@ class Ledger:
           name: the release.
           event: its mechanism; `count` is the planned number of steps.
           domain: hexadecimal digest of all that determines the output.
+          start, stop: 0 <= start < stop <= event.count.
 
         Returns:
           Whether anything was charged; False for a replay of steps already paid.
@@ -86,6 +87,8 @@ class Ledger:
         Raises:
           BudgetError: if the charge exceeds the budget; then nothing is written.
         """
+        if not 0 <= start < stop <= event.count:
+            raise ValueError(f"steps [{start}, {stop}): expected steps of the {event.count} that are planned")
         with self._locked() as file:
             lines = self._read(file)
             steps = set(range(start, stop)) - _steps(lines, domain, name, event)
@@ -150,7 +153,10 @@ class Ledger:
         lines = _read(file, self.path)
         # An empty ledger is a run begun anew: with the old key it can only repeat what it released.
         if lines and self.witness is not None and self.witness.exists():
-            length, head = json.loads(self.witness.read_text())
+            try:
+                length, head = json.loads(self.witness.read_text())
+            except ValueError as error:
+                raise BudgetError(f"{self.witness}: expected the ledger's length and head; remove it") from error
             if _head(lines[:length]) != (length, head):
                 raise BudgetError(
                     f"{self.path}: expected the {length} records that {self.witness} saw; some are missing"

@@ -1,0 +1,73 @@
+"""Public randomness of training belongs to a record, not to its place in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_runs import CLASSES, FINETUNE, NUM_RECORDS, new_network, records
+
+from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
+from e2h.curriculum.finetune import _micro_batch
+from e2h.curriculum.warmup import shift
+
+
+def test_every_address_has_its_own_seed():
+    ids = records().ids
+    seeds = [
+        addressed_seeds(seed, stage, step, ids)
+        for seed in (0, 1)
+        for stage in ("warmup", "finetune")
+        for step in (0, 1)
+    ]
+    assert len({one for part in seeds for one in part}) == 8 * NUM_RECORDS
+    assert seeds[0] == addressed_seeds(0, "warmup", 0, ids)
+    assert addressed_seeds(0, "warmup", 0, ids[5:7]) == seeds[0][5:7]
+    assert all(0 <= one < 2**63 for one in seeds[0])
+
+
+def test_removing_a_record_leaves_the_random_numbers_of_the_others():
+    network, images = new_network(), records()
+    with_it, without = np.array([3, 7, 9, 11]), np.array([3, 9, 11])
+    settings = replace(FINETUNE, label_dropout=0.5)
+    for step in range(5):
+        whole, _ = _micro_batch(network, images, with_it, settings, 0, step, 4)
+        rest, weights = _micro_batch(network, images, without, settings, 0, step, 4)
+        assert weights.tolist() == [1, 1, 1, 0]
+        for name in ("images", "labels", "sigma", "noise"):
+            assert torch.equal(whole[name][[0, 2, 3]], rest[name][:3])
+        assert torch.equal(rest["noise"][3], rest["noise"][0])  # the padding, a copy of the first
+
+
+def test_a_batch_is_scaled_and_drops_labels_at_the_given_rate():
+    images = np.zeros((4000, 8, 8, 1), np.uint8)
+    images[0], images[1] = 0, 255
+    seeds = addressed_seeds(0, "finetune", 0, np.arange(4000))
+    batch = make_batch(images, np.full(4000, 2), seeds, 3, 0.25, CLASSES)
+    assert batch["images"].shape == (4000, 1, 8, 8)
+    assert (batch["images"][0] == -1).all()
+    assert (batch["images"][1] == 1).all()
+    assert (batch["sigma"].shape, batch["noise"].shape) == ((4000, 3), (4000, 3, 1, 8, 8))
+    assert set(batch["labels"].tolist()) == {2, CLASSES}
+    assert float((batch["labels"] == CLASSES).float().mean()) == pytest.approx(0.25, abs=0.035)
+    assert float(batch["noise"].std()) == pytest.approx(1, abs=0.005)
+    unlabelled = make_batch(images[:9], np.full(9, -1), seeds[:9], 1, 0.0, CLASSES)
+    assert set(unlabelled["labels"].tolist()) == {CLASSES}
+
+
+@pytest.mark.parametrize(("num_items", "size"), [(0, 4), (1, 4), (12, 4), (13, 4), (30, 7)])
+def test_units_are_the_same_for_any_number_of_workers(num_items, size):
+    alone = list(work_units(num_items, size, 0, 1))
+    assert [i for unit in alone for i in range(unit.start, unit.stop)] == list(range(num_items))
+    for num_workers in (2, 3, 9):
+        shared = [list(work_units(num_items, size, rank, num_workers)) for rank in range(num_workers)]
+        assert sorted((u for part in shared for u in part), key=lambda u: u.start) == alone
+
+
+def test_a_shift_repeats_the_border():
+    image = np.arange(16).reshape(4, 4, 1)
+    assert (shift(image, 0, 0) == image).all()
+    assert (shift(image, 1, 0)[:, :, 0] == image[[0, 0, 1, 2]][:, :, 0]).all()
+    assert (shift(image, 0, -2)[:, :, 0] == image[:, [2, 3, 3, 3]][:, :, 0]).all()

@@ -1,0 +1,156 @@
+"""Checkpoints: whole or absent, of this run alone, and read without executing anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import stat
+
+import pytest
+import torch
+
+from e2h.curriculum.checkpoint import Checkpoints
+from e2h.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+STATE = {"network": {"weight": torch.arange(6.0).reshape(2, 3)}, "step": 3, "names": ["a", "b"]}
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", "this run")
+
+
+def only_file(checkpoints: Checkpoints):
+    (path,) = checkpoints.folder.iterdir()
+    return path
+
+
+def test_a_state_comes_back(checkpoints):
+    assert checkpoints.latest("finetune") is None
+    checkpoints.save("finetune", 5, STATE)
+    step, state = checkpoints.latest("finetune")
+    assert step == 5
+    assert torch.equal(state["network"]["weight"], STATE["network"]["weight"])
+    assert (state["step"], state["names"]) == (3, ["a", "b"])
+    assert checkpoints.latest("warmup") is None
+
+
+def test_the_newest_is_read_and_two_are_kept(checkpoints):
+    for step in (5, 100, 20):
+        checkpoints.save("finetune", step, {"step": step})
+    checkpoints.save("warmup", 7, {"step": 7})
+    assert checkpoints.latest("finetune")[0] == 100
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "finetune-00000020.pt",
+        "finetune-00000100.pt",
+        "warmup-00000007.pt",
+    ]
+
+
+def test_files_are_the_owners(checkpoints):
+    checkpoints.save("finetune", 5, STATE)
+    assert stat.S_IMODE(checkpoints.folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(only_file(checkpoints).stat().st_mode) == 0o600
+
+
+def test_a_save_that_fails_leaves_the_last_one(checkpoints, monkeypatch):
+    checkpoints.save("finetune", 5, STATE)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save("finetune", 6, STATE)
+    assert only_file(checkpoints).name == "finetune-00000005.pt"
+    assert checkpoints.latest("finetune")[0] == 5
+
+
+def test_a_checkpoint_of_another_run_is_refused(checkpoints):
+    checkpoints.save("finetune", 5, STATE)
+    with pytest.raises(InputError, match="expected a checkpoint of this configuration and data"):
+        Checkpoints(checkpoints.folder, "another run").latest("finetune")
+
+
+def test_a_truncated_file_is_refused(checkpoints):
+    checkpoints.save("finetune", 5, STATE)
+    path = only_file(checkpoints)
+    whole = path.read_bytes()
+    for length in [0, 1, 2, 3, 10, *range(50, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="expected a checkpoint that e2h wrote"):
+            checkpoints.latest("finetune")
+    path.write_bytes(whole)
+    assert checkpoints.latest("finetune")[0] == 5
+
+
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(checkpoints):
+    checkpoints.save("finetune", 5, STATE)
+    path = only_file(checkpoints)
+    whole, chance, refused = path.read_bytes(), random.Random(0), 0
+    start = whole.index(b"data.pkl")
+    for attempt in range(3000):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 5])):
+            # Half of the time in the part that says how to build the objects.
+            place = chance.randrange(start, start + 400) if attempt % 2 else chance.randrange(len(whole))
+            damaged[place] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            checkpoints.latest("finetune")
+        except InputError:
+            refused += 1
+    assert refused > 1000
+
+
+class Hostile:
+    """Unpickling it would write a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def write_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("write", [torch.save, write_pickle], ids=["torch", "pickle"])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"format": "e2h-checkpoint-1", "state": x}])
+def test_a_file_that_would_execute_code_is_refused_and_executes_nothing(checkpoints, tmp_path, write, wrap):
+    marker, path = tmp_path / "executed", checkpoints.folder / "finetune-00000009.pt"
+    write(wrap(Hostile(marker)), path)
+    with pytest.raises(InputError, match="it can't be read safely"):
+        checkpoints.latest("finetune")
+    assert not marker.exists()
+    # The file is dangerous indeed.
+    torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.zeros(3),
+        {"network": torch.zeros(3)},
+        {"format": "another/1", "binding": "this run", "step": 3, "state": {}},
+        {"format": "e2h-checkpoint-1"},
+        {"format": "e2h-checkpoint-1", "binding": "this run"},
+        [],
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(checkpoints, content):
+    torch.save(content, checkpoints.folder / "finetune-00000009.pt")
+    with pytest.raises(InputError, match="expected a checkpoint that e2h wrote"):
+        checkpoints.latest("finetune")
+
+
+def test_text_is_refused(checkpoints):
+    (checkpoints.folder / "finetune-00000009.pt").write_text("weights: yes\n")
+    with pytest.raises(InputError, match="expected a checkpoint that e2h wrote"):
+        checkpoints.latest("finetune")

@@ -1,0 +1,139 @@
+"""Synthetic images: labels in public shares, one seed an image, a shard made once."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_runs import prepare, small_config
+
+from e2h.config import SamplingConfig
+from e2h.curriculum.run import Run, open_run
+from e2h.curriculum.synthesis import Synthesizer, image_labels, shard_path
+from e2h.curriculum.train import new_network, save_weights
+from e2h.data.exports import read_hf_parquet
+from e2h.data.storage import open_prepared
+from e2h.errors import InputError
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_images", "num_classes"), [(2000, 10), (7, 3), (1, 10), (10, 1), (9, 10)])
+def test_labels_are_uniform_to_within_one(num_images, num_classes):
+    labels = image_labels(SamplingConfig(num_images=num_images), num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    assert labels.dtype == np.int64
+    assert counts.sum() == num_images
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize(
+    "fractions", [[0.5, 0.25, 0.25], [0.9, 0.1, 0.0], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.3333335] * 3]
+)
+def test_labels_follow_the_given_shares(fractions):
+    for num_images in (1, 10, 999, 1000):
+        labels = image_labels(SamplingConfig(num_images=num_images, class_fractions=fractions), 3)
+        assert len(labels) == num_images
+        assert abs(np.bincount(labels, minlength=3) - np.array(fractions) * num_images).max() <= 1
+
+
+def test_any_stretch_of_labels_is_nearly_balanced():
+    labels = image_labels(SamplingConfig(num_images=1000, class_fractions=[0.6, 0.3, 0.1]), 3)
+    for start in range(0, 1000, 100):
+        counts = np.bincount(labels[start : start + 100], minlength=3)
+        assert abs(counts - [60, 30, 10]).max() <= 1
+
+
+def test_shares_that_are_not_one_a_class_are_refused():
+    with pytest.raises(InputError, match=r"^sampling\.class_fractions=\[0\.5, 0\.5\]: expected 3 shares, one a class"):
+        image_labels(SamplingConfig(class_fractions=[0.5, 0.5]), 3)
+
+
+# Shards --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A run with weights, although untrained ones."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("E2H_TEST_SECRET", bytes(range(32)).hex())
+        with open_run(small_config(tmp_path_factory.mktemp("runs"))) as opened:
+            prepare(opened)
+            opened.checkpoints.mkdir()
+            network = new_network(opened, open_prepared(opened.prepared))
+            # Its last layer starts at zero; moved, the images depend on their labels and all weights.
+            for parameter in network.parameters():
+                parameter.data.add_(0.1)
+            save_weights(opened.weights, network)
+            return opened
+
+
+@pytest.fixture
+def made(run, tmp_path):
+    """made(num_images=5, ...): all images and labels of a copy of the run with other sampling settings."""
+
+    def make(**changes) -> tuple[np.ndarray, np.ndarray]:
+        folder = tmp_path / "-".join(f"{key}{value}" for key, value in changes.items())
+        shutil.copytree(run.root, folder)
+        copy = Run(folder, replace(run.config, sampling=replace(run.config.sampling, **changes)))
+        copy.synthetic.mkdir()
+        synthesizer = Synthesizer(copy)
+        counts = [synthesizer.write_shard(index) for index in range(synthesizer.num_shards())]
+        images, labels = read_hf_parquet([shard_path(copy.synthetic, index) for index in range(len(counts))])
+        assert sum(counts) == len(images)
+        return images, labels
+
+    return make
+
+
+def test_an_image_depends_on_its_number_alone(made):
+    images, labels = made(images_per_shard=8)
+    assert images.shape == (20, 8, 8, 1)
+    assert sorted(labels.tolist()) == sorted(2 * list(range(10)))
+    assert len({image.tobytes() for image in images}) == 20
+    for images_per_shard in (1, 7, 20, 1000):
+        others, their_labels = made(images_per_shard=images_per_shard)
+        assert (their_labels == labels).all()
+        assert (others == images).all()
+    fewer, _ = made(images_per_shard=9, num_images=10)
+    assert (fewer == images[:10]).all()
+
+
+def test_settings_and_labels_matter(made):
+    plain, _ = made(churn=0.0)
+    churned, _ = made(churn=10.0)
+    coarser, _ = made(num_steps=2)
+    one_class, labels = made(class_fractions=[0.0] * 9 + [1.0])
+    assert set(labels.tolist()) == {9}
+    for other in (churned, coarser, one_class):
+        assert (other != plain).any()
+
+
+def test_a_shard_is_not_made_twice(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.root, folder)
+    copy = Run(folder, run.config)
+    copy.synthetic.mkdir()
+    synthesizer = Synthesizer(copy)
+    assert synthesizer.num_shards() == 3
+    assert [synthesizer.write_shard(index) for index in (2, 0)] == [4, 8]
+    before = {path.name: path.read_bytes() for path in copy.synthetic.iterdir()}
+    assert sorted(before) == ["part-00000.parquet", "part-00002.parquet"]
+    assert [synthesizer.write_shard(index) for index in (0, 1, 2)] == [0, 8, 0]
+    for name, content in before.items():
+        assert (copy.synthetic / name).read_bytes() == content
+
+
+def test_another_seed_gives_other_images(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.root, folder)
+    images = []
+    for seed in (0, 1):
+        copy = Run(folder, replace(run.config, seed=seed))
+        shutil.rmtree(copy.synthetic, ignore_errors=True)
+        copy.synthetic.mkdir()
+        Synthesizer(copy).write_shard(0)
+        images.append(read_hf_parquet([shard_path(copy.synthetic, 0)])[0])
+    assert not (images[0] == images[1]).all(axis=(1, 2, 3)).any()

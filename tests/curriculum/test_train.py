@@ -1,0 +1,115 @@
+"""The whole of `train`: the same call resumes after a kill in any stage, and every step is in the ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import Killed, prepare, small_config
+
+from e2h.curriculum.run import open_run
+from e2h.curriculum.train import new_network, train, weights_digest
+from e2h.curriculum.workers import Workers
+from e2h.data.storage import open_prepared
+from e2h.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def secret(monkeypatch):
+    monkeypatch.setenv("E2H_TEST_SECRET", bytes(range(32)).hex())
+
+
+def trained(storage: Path, kill_at: tuple[str, int] | None = None, central: bool = True) -> tuple[bytes, list, tuple]:
+    """The bytes of the weights, the steps that were made, and what the ledger charged."""
+    config, made = small_config(storage), []
+    config.central.enabled = central
+
+    def progress(stage: str, step: int) -> None:
+        made.append((stage, step))
+        if (stage, step) == kill_at:
+            raise Killed
+
+    with open_run(config) as run:
+        fresh = not run.prepared.exists()
+        release = prepare(run) if fresh else run.ledger.budget().planned[0]
+        train(run, release, Workers.current(), lambda *_: None, progress)
+        return run.weights.read_bytes(), made, run.ledger.charged()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("E2H_TEST_SECRET", bytes(range(32)).hex())
+        return trained(tmp_path_factory.mktemp("runs"))
+
+
+STEPS = [*(("warmup", step) for step in range(1, 7)), *(("finetune", step) for step in range(1, 7))]
+
+
+def test_a_run_makes_every_step_and_charges_it(uninterrupted):
+    _, made, charged = uninterrupted
+    assert made == STEPS
+    assert [(release.name, release.event.count) for release in charged] == [("finetune", 6)]
+
+
+@pytest.mark.parametrize(
+    ("kill_at", "rest"),
+    [
+        (("warmup", 3), STEPS),
+        (("finetune", 1), STEPS[6:]),
+        (("finetune", 5), STEPS[10:]),
+        (("finetune", 6), []),
+    ],
+)
+def test_the_same_call_resumes_and_ends_in_the_same_bits(uninterrupted, tmp_path, kill_at, rest):
+    with pytest.raises(Killed):
+        trained(tmp_path, kill_at)
+    weights, made, charged = trained(tmp_path)
+    assert made == rest
+    assert weights == uninterrupted[0]
+    assert charged == uninterrupted[2]
+
+
+def test_without_the_easy_stage_there_is_no_warm_up(uninterrupted, tmp_path):
+    weights, made, _ = trained(tmp_path, central=False)
+    assert made == STEPS[6:]
+    assert weights != uninterrupted[0]
+
+
+def test_other_starting_weights_are_another_domain(tmp_path):
+    """Noise that was drawn once must not be drawn again over another warm-up."""
+    with pytest.raises(Killed):
+        trained(tmp_path, ("finetune", 1))
+    with open_run(small_config(tmp_path)) as run:
+        (checkpoint,) = run.checkpoints.glob("warmup-*.pt")
+        content = torch.load(checkpoint, weights_only=True)
+        content["state"]["network"]["conv_out.bias"] += 1e-3
+        torch.save(content, checkpoint)
+        before = run.ledger.charged()
+        domains = len(set(run.ledger.path.read_text().split('"domain":"')[1:]))
+        plan = run.ledger.budget()
+    weights, _, charged = trained(tmp_path)
+    # Two steps in the first domain and six in the second, within the budget.
+    assert domains == 1
+    assert (before[0].event.count, charged[0].event.count) == (2, 8)
+    assert run.ledger.cost(charged, plan.delta) <= plan.epsilon
+    assert weights
+
+
+def test_the_weights_load_and_are_the_average(tmp_path):
+    trained(tmp_path)
+    with open_run(small_config(tmp_path)) as run:
+        network = new_network(run, open_prepared(run.prepared))
+        initial = weights_digest(network)
+        network.load_state_dict(load_file(run.weights))
+        assert weights_digest(network) != initial
+        newest = torch.load(sorted(run.checkpoints.glob("finetune-*.pt"))[-1], weights_only=True)
+        for name, parameter in network.named_parameters():
+            assert torch.equal(parameter, newest["state"]["ema"]["parameters"][name])
+
+
+def test_a_run_that_was_not_prepared_is_refused(tmp_path):
+    with open_run(small_config(tmp_path)) as run, pytest.raises(InputError, match="expected a prepared set"):
+        train(run, None, Workers.current(), lambda *_: None, lambda *_: None)
