@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("E2H_SHARED", ROOT.parent / "shared"))
+TEST_SECRET = hashlib.sha256(b"a secret of these tests").hexdigest()
 # A run of seconds: few steps, few images, one cheap classifier.
 SMALL = [
     "warmup.num_steps=20",
@@ -40,7 +42,7 @@ def command(name: str, *overrides: str) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "E2H_TEST_SECRET": "ab" * 32, **extra}
+    return {**os.environ, "E2H_TEST_SECRET": TEST_SECRET, **extra}
 
 
 @pytest.fixture

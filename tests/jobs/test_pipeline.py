@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dp_accounting as dpa
 import pytest
-from conftest import SMALL, command, environment
+from conftest import SMALL, TEST_SECRET, command, environment
 from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file
 
@@ -123,11 +123,10 @@ def test_everything_sensitive_is_owner_only_and_secrets_lie_apart(undisturbed: t
     assert root.stat().st_mode & 0o077 == 0
     for path in [*root.glob("prepared/*"), root / "evaluation.json", root / "report.html", root / "metrics.jsonl"]:
         assert path.stat().st_mode & 0o077 == 0, path
-    secret = ("ab" * 32).encode()
     for path in root.rglob("*"):
-        assert not path.is_file() or (
-            secret not in path.read_bytes() and bytes.fromhex("ab" * 32) not in path.read_bytes()
-        )
+        content = path.read_bytes() if path.is_file() else b""
+        assert TEST_SECRET.encode() not in content, path
+        assert bytes.fromhex(TEST_SECRET) not in content, path
 
 
 def test_own_secret_is_made_apart_from_the_run_and_differs_between_runs(tmp_path: Path) -> None:
