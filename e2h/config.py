@@ -260,6 +260,7 @@ def _validate_training(config: Config) -> None:
         "choose another model=",
     )
     expect(warmup.num_steps >= 0, "warmup.num_steps", warmup.num_steps, "a whole number of at least 0")
+    expect(warmup.max_shift >= 0, "warmup.max_shift", warmup.max_shift, "a number of pixels of at least 0")
     _positive_int(warmup, "warmup", "batch_size")
     _positive(warmup, "warmup", "learning_rate")
     _positive_int(
@@ -281,14 +282,18 @@ def _validate_outputs(config: Config) -> None:
     sampling, scaling = config.sampling, config.scaling
     _positive_int(sampling, "sampling", "num_images", "num_steps", "images_per_shard")
     _choice("sampling.sampler", sampling.sampler, ("heun", "ddim"))
-    expect(sampling.guidance >= 0, "sampling.guidance", sampling.guidance, "a weight of at least 0")
+    for name in ("guidance", "churn", "churn_min", "churn_max"):
+        value = getattr(sampling, name)
+        expect(math.isfinite(value) and value >= 0, f"sampling.{name}", value, "a finite number of at least 0")
     fractions = sampling.class_fractions
     if fractions is not None:
         total_ok = min(fractions, default=-1) >= 0 and abs(sum(fractions) - 1) < 1e-6
         expect(total_ok, "sampling.class_fractions", fractions, "shares of at least 0 that sum to 1")
     for name in config.evaluation.classifiers:
         _choice("evaluation.classifiers", name, ("logistic_regression", "mlp", "cnn"))
+    _positive_int(config.evaluation, "evaluation", "cnn_epochs", "max_feature_records")
     _positive_int(scaling, "scaling", "num_workers", "physical_batch_size")
+    expect(scaling.max_failures >= 0, "scaling.max_failures", scaling.max_failures, "a whole number of at least 0")
     _positive(scaling, "scaling", "cpus_per_worker")
     expect(bool(config.run.storage), "run.storage", config.run.storage, "a folder")
     run = config.run.name

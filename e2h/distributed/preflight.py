@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from e2h.config import Config
+from e2h.config import Config, expect
 from e2h.curriculum.run import check_binding
 from e2h.data.filesystem import write_bytes
 from e2h.data.records import Source
@@ -22,6 +22,9 @@ def preflight(config: Config) -> Source:
     """
     source = open_source(config.data)
     check_batch(config, config.data.num_records or source.num_train)
+    fractions, classes = config.sampling.class_fractions, len(source.class_names)
+    one_each = fractions is None or len(fractions) == classes
+    expect(one_each, "sampling.class_fractions", fractions, f"{classes} shares, one a class")
     return source
 
 

@@ -84,7 +84,7 @@ def hold(storage: Path, opened) -> None:
 def test_two_processes_cannot_run_one_run_and_a_dead_one_holds_nothing(tmp_path):
     context = multiprocessing.get_context("fork")
     opened = context.Event()
-    holder = context.Process(target=hold, args=(tmp_path, opened))
+    holder = context.Process(target=hold, args=(tmp_path, opened), daemon=True)
     holder.start()
     assert opened.wait(timeout=30)
     with (
@@ -184,6 +184,10 @@ def test_a_domain_names_all_that_determines_a_release(tmp_path, monkeypatch):
 
     assert domain(change=elsewhere) == domain()
     same = domain()
+    monkeypatch.setenv("E2H_A_SECRET", bytes(range(2, 34)).hex())
+    assert domain() != same  # another secret behind the same words
+    monkeypatch.setenv("E2H_A_SECRET", bytes(range(32)).hex())
+    assert domain() == same
     monkeypatch.setattr(run_module, "code_digest", lambda: "other code")
     assert domain() != same
 

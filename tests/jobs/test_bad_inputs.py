@@ -78,6 +78,7 @@ VALUES = [
     ("privacy.delta=0", "privacy.delta=0.0"),
     ("privacy.delta=1.5", "privacy.delta=1.5"),
     ("finetune.expected_batch_size=5000", "finetune.expected_batch_size=5000"),
+    ("sampling.class_fractions=[0.5,0.5]", "sampling.class_fractions"),
     ("modle=px8", "modle"),
     ("+data.pathh=/x", "data.pathh"),
     ("run.storage=s3://bucket/x", "run.storage=s3://bucket/x"),

@@ -17,6 +17,7 @@ from e2h.privacy.accounting import (
     MIN_DELTA,
     NEIGHBOURING_RELATION,
     TOLERANCE,
+    _improve,
     calibrate,
     epsilon,
     epsilon_curve,
@@ -95,6 +96,22 @@ def test_calibration_spends_the_target_within_one_per_mille_and_never_more(targe
     for release in (*spent, found):
         accountant.compose(release.event.dp_event())
     assert accountant.get_epsilon(1e-5) <= target * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 8.0])
+@pytest.mark.parametrize("step", [0.0, 1e-3])
+def test_the_search_ends_on_the_safe_side_of_any_falling_cost(power, step):
+    """Also of a cost with jumps, as a discretised accountant has, and wherever the search begins."""
+
+    def cost(x: float) -> float:
+        exact = x**-power * (1 + 0.1 * math.sin(power * math.log(x)))
+        return math.ceil(exact / step) * step if step else exact
+
+    for target in (0.05, 0.5, 3.0):
+        for start in (0.01, 0.5, 1.0, 20.0, 1e3):
+            found = _improve(cost, target, start, 1.2)
+            assert cost(found) <= target
+            assert cost(found) >= (1 - TOLERANCE) * target or cost(found / (1 + 1e-6)) > target
 
 
 def test_one_gaussian_query_is_calibrated_as_its_closed_form_says():
