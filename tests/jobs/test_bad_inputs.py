@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from job_calls import SMALL
 from PIL import Image
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import dp_accounting as dpa
 import pytest
-from conftest import SMALL, TEST_SECRET, command, environment
 from dp_accounting.pld import PLDAccountant
+from job_calls import SMALL, TEST_SECRET, command, environment
 from safetensors.numpy import load_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

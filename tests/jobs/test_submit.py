@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL
+from job_calls import ROOT, SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
