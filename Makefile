@@ -18,7 +18,7 @@ demo: .venv/.ready
 	@$(BIN)/python jobs/pipeline.py $(ARGS)
 
 test: .venv/.ready
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.ready
 	@$(BIN)/ruff check .

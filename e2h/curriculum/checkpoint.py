@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from e2h.data.filesystem import atomic_writer
+from e2h.data.filesystem import write_bytes
 from e2h.errors import InputError
 
 FORMAT = "e2h-checkpoint-1"
@@ -29,8 +30,9 @@ class Checkpoints:
     def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
         """Writes the state after `step` steps of a stage; durable when it returns."""
         content = {"format": FORMAT, "binding": self.binding, "stage": stage, "step": step, "state": state}
-        with atomic_writer(self._path(stage, step)) as file:
-            torch.save(content, file)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)  # in memory: on a full disk torch's writer hides the reason
+        write_bytes(self._path(stage, step), buffer.getvalue())
         for old in self._paths(stage)[:-2]:
             old.unlink(missing_ok=True)
 

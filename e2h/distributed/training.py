@@ -98,6 +98,10 @@ def _worker(config: dict[str, Any]) -> None:
             write_bytes(note, json.dumps({"kind": kind, "message": str(error)}).encode())
         # Raised, so that workers who wait for this one in a reduction are stopped by Ray.
         raise
+    except OSError as error:
+        if message := refusal(error):
+            raise InputError(message) from error
+        raise
     finally:
         if metrics:
             metrics.close()

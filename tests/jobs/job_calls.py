@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEST_SECRET = hashlib.sha256(b"a secret of these tests").hexdigest()
 # A run of seconds: few steps, few images, one cheap classifier.
 SMALL = [
+    "privacy.epsilon=1",  # the smaller, the faster PLD
     "warmup.num_steps=20",
     "finetune.num_steps=20",
     "finetune.expected_batch_size=64",

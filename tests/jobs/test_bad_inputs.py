@@ -189,7 +189,7 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(run_job: Job, tmp_pa
     if mounted.returncode != 0:
         pytest.skip("a small file system can't be mounted here: not root")
     try:
-        arguments = (*SMALL, f"run.storage={small_disk}", "run.name=r")
+        arguments = (*SMALL, f"run.storage={small_disk}", "run.name=r", "scaling.max_failures=0")
         refused(run_job("pipeline", *arguments), "full")
         subprocess.run(["mount", "-o", "remount,size=200M", str(small_disk)], check=True)
         again = run_job("pipeline", *arguments)

@@ -107,7 +107,7 @@ def test_third_party_recomputes_the_printed_epsilon_with_the_easy_stage_in_it(un
     assert [release["name"] for release in ledger["releases"]] == ["central", "finetune"]
     assert abs(recomputed - ledger["epsilon"]) < 1e-6
     assert (1 - 1e-3) * ledger["target_epsilon"] <= recomputed <= ledger["target_epsilon"]
-    assert f"epsilon {recomputed:.4f} of 10 spent" in printed
+    assert f"epsilon {recomputed:.4f} of 1 spent" in printed
 
 
 def test_ledger_charges_each_step_once_and_before_the_weights(undisturbed: tuple[Path, str]) -> None:

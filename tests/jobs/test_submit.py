@@ -87,7 +87,7 @@ def test_pipeline_runs_under_ray_job_submit(head: tuple[str, dict[str, str]], tm
     done = submit(head, working_dir, "jobs/pipeline.py", f"run.storage={storage}", "run.name=r", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     ledger = json.loads((storage / "r" / "release" / "ledger.json").read_text())
-    assert f"epsilon {ledger['epsilon']:.4f} of 10 spent" in done.stdout
+    assert f"epsilon {ledger['epsilon']:.4f} of 1 spent" in done.stdout
     assert not re.search("Traceback|Warning", done.stdout)
     refused = submit(head, working_dir, "jobs/pipeline.py", f"run.storage={storage}", "privacy.epsilon=0")
     assert refused.returncode != 0
