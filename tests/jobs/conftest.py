@@ -22,7 +22,7 @@ def run_job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             env=environment(**extra),
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=400,
             check=False,
         )
 

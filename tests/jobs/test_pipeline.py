@@ -35,7 +35,7 @@ def start(storage: Path, *overrides: str, job: str = "pipeline") -> subprocess.P
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
     assert err == "", "the terminal is the user's: nothing but our lines"
     return out

@@ -76,7 +76,7 @@ def _wait_until_listening(port: int) -> None:
 def submit(head: tuple[str, dict[str, str]], working_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     address, environment = head
     call = [RAY, "job", "submit", "--address", address, "--working-dir", str(working_dir), "--", "python", *arguments]
-    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
 def test_pipeline_runs_under_ray_job_submit(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
