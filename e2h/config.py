@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,6 +58,7 @@ class PrivacyConfig:
     delta: float = 1e-4
     secret: str | None = None  # file:PATH or env:NAME of the master secret; none: a 0600 file beside the run
     test_mode: bool = False  # fixed public secret: reproducible and NOT PRIVATE, stamped on every artefact
+    noise_shares: int = 1  # parts of a step's noise, dealt to the workers; as many as workers: no sum is bare
 
 
 @dataclass
@@ -101,7 +103,11 @@ class FinetuneConfig:
     learning_rate: float = 1e-3
     ema_decay: float = 0.95
     label_dropout: float = 0.1
+    clipping: str = "flat"  # flat | normalized | global; contributions are at most max_grad_norm with each
+    norm_threshold: float = 1.0  # Z of clipping=global: scale by max_grad_norm / Z, drop gradients above Z
     engine: str = "folded"  # folded | opacus | loop; the last two are references
+    dtype: str = "float32"  # float32 | bfloat16 (autocast; sums stay exact)
+    compile: bool = False  # torch.compile; minutes at the start, for GPUs
     ledger_block: int = 16  # steps paid for at a time
     checkpoint_every: int = 20  # steps
 
@@ -144,6 +150,15 @@ class ScalingConfig:
 
 
 @dataclass
+class LedgerConfig:
+    """What keeps count of the budget, and for how many runs."""
+
+    scope: str = "run"  # run: this run's budget; dataset: one budget for all runs on data.name
+    epsilon: float | None = None  # scope=dataset: what all runs together may cost, at privacy.delta
+    path: str | None = None  # absolute path or s3://bucket/prefix of that ledger; none: beside the runs
+
+
+@dataclass
 class RunConfig:
     storage: str = "runs"
     name: str | None = None  # none: e.g. digits-eps10-seed0
@@ -162,6 +177,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
     dry_run: bool = False
@@ -223,9 +239,25 @@ def _validate_privacy(privacy: PrivacyConfig) -> None:
     expect(delta_ok, "privacy.delta", privacy.delta, "a number in (0, 1)", "a common choice is below 1/N")
     # The FFT behind PLD and PRV becomes optimistic below this (docs/guarantee.md).
     expect(privacy.delta >= 1e-10, "privacy.delta", privacy.delta, "at least 1e-10, where the accountant is sound")
+    _positive_int(privacy, "privacy", "noise_shares")
+    expect(privacy.noise_shares <= 1024, "privacy.noise_shares", privacy.noise_shares, "1 to 1024, e.g. one a worker")
     if privacy.secret is not None:
         scheme, _, rest = privacy.secret.partition(":")
         expect(scheme in ("file", "env") and bool(rest), "privacy.secret", "...", "file:PATH or env:NAME")
+
+
+def _validate_ledger(config: Config) -> None:
+    ledger, path, total, one = config.ledger, config.ledger.path, config.ledger.epsilon, config.privacy.epsilon
+    _choice("ledger.scope", ledger.scope, ("run", "dataset"))
+    place = path is None or re.fullmatch(r"/.+|s3://[^/]+/+[^/].*", path) is not None
+    expect(place, "ledger.path", path, "an absolute path or s3://bucket/prefix")
+    if ledger.scope == "run":
+        expect(total is None, "ledger.epsilon", total, "none with ledger.scope=run", "set ledger.scope=dataset")
+        return
+    enough = total is not None and math.isfinite(total) and total >= one
+    expect(enough, "ledger.epsilon", total, f"what all runs together may cost, at least privacy.epsilon={one:g}")
+    expect("/" not in config.data.name, "data.name", config.data.name, "no '/', as the name of the data set's ledger")
+    expect(not config.privacy.test_mode, "privacy.test_mode", True, "false with ledger.scope=dataset")
 
 
 def _validate_central(central: CentralConfig, image_size: int) -> None:
@@ -272,10 +304,12 @@ def _validate_training(config: Config) -> None:
         "ledger_block",
         "checkpoint_every",
     )
-    _positive(finetune, "finetune", "max_grad_norm", "learning_rate")
+    _positive(finetune, "finetune", "max_grad_norm", "norm_threshold", "learning_rate")
     _share(warmup, "warmup", "label_dropout")
     _share(finetune, "finetune", "label_dropout", "ema_decay")
     _choice("finetune.engine", finetune.engine, ("folded", "opacus", "loop"))
+    _choice("finetune.clipping", finetune.clipping, ("flat", "normalized", "global"))
+    _choice("finetune.dtype", finetune.dtype, ("float32", "bfloat16"))
 
 
 def _validate_outputs(config: Config) -> None:
@@ -310,6 +344,7 @@ def validate(config: Config) -> Config:
     """
     _validate_data(config.data)
     _validate_privacy(config.privacy)
+    _validate_ledger(config)
     _validate_central(config.central, config.data.image_size)
     _validate_training(config)
     _validate_outputs(config)
@@ -323,6 +358,14 @@ def run_name(config: Config) -> str:
     easy = "" if config.central.enabled else "-nocentral"
     stamp = "-NOT-PRIVATE" if config.privacy.test_mode else ""
     return f"{config.data.name}-eps{config.privacy.epsilon:g}{easy}-seed{config.seed}{stamp}"
+
+
+NOT_PRIVATE = "NOT PRIVATE: made with a published secret (privacy.test_mode=true); anyone can subtract the noise"
+
+
+def stamp(config: Config) -> dict[str, str]:
+    """Metadata of every file that is made from private records: in test mode a warning, otherwise nothing."""
+    return {"not_private": NOT_PRIVATE} if config.privacy.test_mode else {}
 
 
 # What may change between two calls of the same run: where it runs and what is only looked at.

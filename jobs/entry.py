@@ -24,10 +24,16 @@ DONE, FAULT, BAD_INPUT, NO_BUDGET = 0, 1, 2, 3
 
 
 def job(stages: Callable[[Run], None]) -> None:
-    """Runs `stages` on the run that the command line describes, and exits with DESIGN's codes.
+    """Runs `stages` on the run that the command line describes, and exits as `configured` says."""
+    configured(lambda config: _run(config, stages))
+
+
+def configured(action: Callable[[Config], int]) -> None:
+    """Calls `action` with the configuration of the command line, and exits with its code or one of DESIGN's.
 
     0 done; 2 bad configuration or input; 3 the privacy budget refuses; 1 anything else (with its traceback).
     """
+    code = DONE
     ConfigStore.instance().store("schema", Config)
 
     # Raw exceptions from Hydra: they are explained in one line here instead of its page.
@@ -42,7 +48,7 @@ def job(stages: Callable[[Run], None]) -> None:
         compose()
         # Empty after --help or --cfg, which Hydra answers itself.
         for values in composed:
-            _run(_checked(values), stages)
+            code = action(_checked(values))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(_explain(error), BAD_INPUT)
     except Exception as error:
@@ -51,7 +57,7 @@ def job(stages: Callable[[Run], None]) -> None:
         if message := refusal(error):
             _refuse(message, BAD_INPUT)
         raise
-    sys.exit(DONE)
+    sys.exit(code)
 
 
 def _checked(values: DictConfig) -> Config:
@@ -64,13 +70,14 @@ def _checked(values: DictConfig) -> Config:
     return validate(config)
 
 
-def _run(config: Config, stages: Callable[[Run], None]) -> None:
+def _run(config: Config, stages: Callable[[Run], None]) -> int:
     if config.dry_run:
         dry_run(config, run_root(config))
-        return
+        return DONE
     preflight(config)
     with open_run(config) as run, session(config.scaling, run.root / "ray.log"):
         stages(run)
+    return DONE
 
 
 def _explain(error: Exception) -> str:

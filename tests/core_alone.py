@@ -44,7 +44,7 @@ def main(storage: str) -> None:
         event = PoissonSampledGaussian(config.central.sampling_prob, 6.0, config.central.num_rounds)
         step = PoissonSampledGaussian(config.finetune.expected_batch_size / facts.num_train, 1.0, 4)
         planned = (Release("central", event), Release("finetune", step))
-        run.ledger.open(Budget(config.privacy.epsilon, config.privacy.delta, NEIGHBOURING_RELATION.name, planned))
+        run.open_budget(Budget(config.privacy.epsilon, config.privacy.delta, NEIGHBOURING_RELATION.name, planned))
 
         domain = run.domain(event.to_json(), facts.digest, "one process")
         run.ledger.spend("central", event, domain, 0, event.count)

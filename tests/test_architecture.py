@@ -31,7 +31,7 @@ FLOORS = {
 # Libraries that only these parts may import.
 RESERVED = {"ray": {"distributed"}, "hydra": {"jobs"}, "omegaconf": {"jobs"}}
 TORCH = {"torch", "torchvision", "opacus", "safetensors"}
-PRIVACY_WITH_TORCH = {"dpsgd.py", "folded.py", "optimizer.py"}
+PRIVACY_WITH_TORCH = {"dpsgd.py", "folded.py", "optimizer.py", "clipped_sum.py", "layers.py"}
 MAX_LINES = 300
 LONGER = {"e2h/config.py": 400}  # the schema of all settings is one file
 
@@ -164,6 +164,16 @@ def test_the_core_imports_and_trains_without_ray_and_hydra(tmp_path):
     run_file = f"import runpy\nrunpy.run_path({str(ROOT / 'tests' / 'core_alone.py')!r}, run_name='__main__')"
     printed = run_without("ray hydra omegaconf", IMPORT_ALL + packages + run_file, str(tmp_path))
     assert printed.split() == ["central", "5", "finetune", "4", "images", "6"]
+
+
+def test_only_declared_metrics_reach_tensorboard_and_none_reaches_ray():
+    """What a run shows goes through `MetricWriter`, which knows each name's release class; Ray is told nothing."""
+    for path in sources():
+        text = path.read_text()
+        if path.name != "metrics.py":
+            assert "SummaryWriter" not in text, path
+            assert not re.search(r"[\"']tb[\"'/]", text), f"{path}: a path below tb/"
+        assert not re.search(r"\b(train|tune|session)\.report\(", text), f"{path}: a report to Ray"
 
 
 def project_files() -> list[Path]:

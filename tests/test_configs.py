@@ -177,6 +177,9 @@ REFUSED = [
     ("run.storage", ""),
     ("run.name", "a/b"),
     ("run.name", ".hidden"),
+    ("ledger.scope", "person"),
+    ("ledger.epsilon", 20.0),  # one run has privacy.epsilon
+    *(("ledger.path", value) for value in ("", "relative/ledger", "s3://bucket", "s3://bucket/", "gs://bucket/x")),
 ]
 
 
@@ -211,6 +214,27 @@ def test_a_secret_on_the_command_line_is_refused_and_not_repeated():
     with pytest.raises(InputError, match=r"^privacy\.secret=\.\.\.: expected file:PATH or env:NAME") as refused:
         validate(changed("privacy.secret", "ab" * 32))
     assert "abab" not in str(refused.value)
+
+
+def of_all_runs(**values) -> Config:
+    config = changed("ledger.scope", "dataset")
+    for name, value in {"epsilon": 10.0, **values}.items():
+        setattr(config.ledger, name, value)
+    return config
+
+
+def test_a_budget_of_all_runs_holds_at_least_one():
+    for accepted in ({}, {"epsilon": 10.5}, {"path": "/shared/pets.jsonl"}, {"path": "s3://bucket/ledgers/pets"}):
+        validate(of_all_runs(**accepted))
+    for epsilon in (None, 9.99, NAN, INF):
+        with pytest.raises(InputError, match=rf"^ledger\.epsilon={epsilon}: expected what all runs together may cost"):
+            validate(of_all_runs(epsilon=epsilon))
+    unsafe, public = of_all_runs(), of_all_runs()
+    unsafe.data.name = "a/b"
+    public.privacy.test_mode = True
+    for config, name in ((unsafe, "data.name"), (public, "privacy.test_mode")):
+        with pytest.raises(InputError, match=rf"^{name}="):
+            validate(config)
 
 
 def test_a_central_stage_that_is_off_needs_no_sense():

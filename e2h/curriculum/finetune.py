@@ -23,7 +23,7 @@ from e2h.diffusion.ema import EMA
 from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 from e2h.errors import BudgetError
-from e2h.privacy.dpsgd import ClippedSum, make_engine
+from e2h.privacy.dpsgd import ClippedSum, Engine, LossFunction, make_engine
 from e2h.privacy.events import Release
 from e2h.privacy.keys import derive_key
 from e2h.privacy.ledger import Ledger
@@ -41,6 +41,7 @@ class PrivateRun:
       release: the accounted event: q, sigma and T come from here and from nowhere else.
       domain: digest of all that determines the output; keys are derived from it.
       start: digest of the weights that the stage starts from; part of the domain.
+      noise_shares: in how many parts the noise of a step enters (`SecureDPOptimizer`).
     """
 
     release: Release
@@ -48,6 +49,7 @@ class PrivateRun:
     secret: bytes
     domain: str
     start: str = ""
+    noise_shares: int = 1
 
     def key(self, purpose: str, *address: object) -> bytes:
         return derive_key(self.secret, f"{STAGE}/{purpose}", self.domain, *address)
@@ -78,23 +80,18 @@ def finetune(
     """
     network.to(workers.device).train()
     ema = EMA(network, settings.ema_decay)
-    optimizer = _optimizer(network, settings, private, workers)
+    adam = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    optimizer = private_optimizer(adam, settings, private, workers)
     first = _resume(network, ema, optimizer, private, checkpoints)
-    engine = make_engine(
-        settings.engine, network, micro_batch_loss, settings.max_grad_norm, settings.noise_multiplicity
-    )
+    engine = private_engine(network, micro_batch_loss, settings)
     event, paid_until = private.release.event, first
-    mask_key = private.key("sampling")
     for step in range(first, event.count):
         if step >= paid_until:
             paid_until = pay(private, step, settings.ledger_block, workers)
-        selected = np.flatnonzero(poisson_mask(mask_key, step, records.ids, event.sampling_prob))
-        clipped = []
-        for unit in work_units(len(selected), physical_batch_size, workers.rank, workers.size):
-            batch, weights = _micro_batch(network, records, selected[unit], settings, seed, step, physical_batch_size)
-            batch = {name: value.to(workers.device) for name, value in batch.items()}
-            clipped.append(engine.accumulate(batch, weights.to(workers.device)))
-            optimizer.accumulate(clipped[-1])
+        selected = draw(private, step, records)
+        clipped = sum_units(
+            engine, optimizer, network, records, selected, settings, seed, step, physical_batch_size, workers
+        )
         optimizer.step_private(step, len(selected))
         ema.update(network)
         _finish_step(step + 1, network, ema, optimizer, settings, clipped, private, workers, checkpoints, report)
@@ -124,9 +121,55 @@ def pay(private: PrivateRun, step: int, block: int, workers: Workers) -> int:
     return int(paid)
 
 
-def _optimizer(network: UNet, settings: FinetuneConfig, private: PrivateRun, workers: Workers) -> SecureDPOptimizer:
+def draw(private: PrivateRun, step: int, records: ImageSet) -> np.ndarray:
+    """Places of the records that join a step: one draw over the whole set, the same on every worker."""
+    event = private.release.event
+    return np.flatnonzero(poisson_mask(private.key("sampling"), step, records.ids, event.sampling_prob))
+
+
+def sum_units(
+    engine: Engine,
+    optimizer: SecureDPOptimizer,
+    network: UNet,
+    records: ImageSet,
+    selected: np.ndarray,
+    settings: FinetuneConfig,
+    seed: int,
+    step: int,
+    physical_batch_size: int,
+    workers: Workers,
+) -> list[ClippedSum]:
+    """Adds this worker's units of a draw to the optimiser, and returns what each of them added."""
+    clipped = []
+    for unit in work_units(len(selected), physical_batch_size, workers.rank, workers.size):
+        batch, weights = _micro_batch(network, records, selected[unit], settings, seed, step, physical_batch_size)
+        batch = {name: value.to(workers.device) for name, value in batch.items()}
+        clipped.append(engine.accumulate(batch, weights.to(workers.device)))
+        optimizer.accumulate(clipped[-1])
+    return clipped
+
+
+def private_engine(network: UNet, loss_fn: LossFunction, settings: FinetuneConfig) -> Engine:
+    """Clipped gradient sums as configured."""
+    return make_engine(
+        settings.engine,
+        network,
+        loss_fn,
+        settings.max_grad_norm,
+        settings.noise_multiplicity,
+        clipping=settings.clipping,
+        norm_threshold=settings.norm_threshold,
+        dtype=settings.dtype,
+        compiled=settings.compile,
+    )
+
+
+def private_optimizer(
+    optimizer: torch.optim.Optimizer, settings: FinetuneConfig, private: PrivateRun, workers: Workers
+) -> SecureDPOptimizer:
+    """`optimizer` behind the accounted mechanism."""
     return SecureDPOptimizer(
-        torch.optim.Adam(network.parameters(), lr=settings.learning_rate),
+        optimizer,
         noise_multiplier=private.release.event.noise_multiplier,
         max_grad_norm=settings.max_grad_norm,
         expected_batch_size=settings.expected_batch_size,  # q * N, by construction of the plan
@@ -134,6 +177,7 @@ def _optimizer(network: UNet, settings: FinetuneConfig, private: PrivateRun, wor
         sum_integers=workers.sum_integers,
         rank=workers.rank,
         num_workers=workers.size,
+        num_shares=private.noise_shares,
     )
 
 

@@ -6,11 +6,13 @@ import fcntl
 import json
 import os
 import platform
+import secrets
 import shlex
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,19 +24,26 @@ from e2h.config import Config, binding, differences, digest, run_name
 from e2h.data.filesystem import write_bytes
 from e2h.errors import InputError
 from e2h.privacy.accounting import epsilon
+from e2h.privacy.dataset_ledger import DatasetLedger
 from e2h.privacy.keys import TEST_SECRET, create_secret, derive_key, load_secret
-from e2h.privacy.ledger import Ledger
-from e2h.privacy.plan import code_digest
+from e2h.privacy.ledger import Budget, Ledger
+from e2h.privacy.logs import ObjectLog, open_log
+from e2h.privacy.plan import PrivacyPlan, code_digest
 
 PACKAGES = ("torch", "numpy", "opacus", "dp-accounting", "pyarrow", "cryptography")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run on local or shared storage; every artefact's path comes from here."""
+    """One run on local or shared storage; every artefact's path comes from here.
+
+    Attributes:
+      owner: token of the driver in the ledger; it travels to the workers. None: this copy only reads.
+    """
 
     root: Path
     config: Config
+    owner: str | None = None
 
     @property
     def prepared(self) -> Path:
@@ -65,9 +74,50 @@ class Run:
         return self.root / "release"
 
     @property
+    def refusal(self) -> Path:
+        """Where this driver's workers leave what they refused; those of an older driver leave it elsewhere."""
+        return self.root / f"refused-{self.owner}.json"
+
+    @property
     def ledger(self) -> Ledger:
-        witness = self.root.parent / ".secrets" / f"{self.root.name}.head"
-        return Ledger(self.root / "ledger.jsonl", lambda releases, delta: epsilon(releases, delta).epsilon, witness)
+        """The run's own ledger, in the run directory unless `ledger.path` puts it elsewhere."""
+        settings = self.config.ledger
+        place = settings.path if settings.scope == "run" and settings.path else self.root / "ledger.jsonl"
+        return Ledger(open_log(place), self.owner, witness_path(self.root))
+
+    @property
+    def dataset_ledger(self) -> DatasetLedger | None:
+        """The ledger that all runs on the data set share; None with ledger.scope=run."""
+        settings, data = self.config.ledger, self.config.data
+        if settings.scope != "dataset" or settings.epsilon is None:
+            return None
+        place = settings.path or self.root.parent / ".ledgers" / f"{data.name}.jsonl"
+        folder = self.root.parent / ".secrets"
+        return DatasetLedger(open_log(place), folder, data.name, settings.epsilon, self.config.privacy.delta)
+
+    def shared_plan(self, plan: PrivacyPlan) -> PrivacyPlan:
+        """The plan with what all runs on the data set hold, this one included; writes nothing.
+
+        Raises:
+          BudgetError: if that exceeds the data set's budget.
+        """
+        shared = self.dataset_ledger
+        if shared is None:
+            return plan
+        return replace(plan, shared=shared.check(self.ledger.state().identity, self.root.name, plan.releases))
+
+    def open_budget(self, budget: Budget) -> None:
+        """Opens the run's budget, and holds all of it in the data set's; spends nothing, and twice is once.
+
+        Call it before any charge: one that was interrupted after the first of the two makes up for the second.
+
+        Raises:
+          InputError, BudgetError: as `Ledger.open` and `DatasetLedger.hold`.
+        """
+        ledger, shared = self.ledger, self.dataset_ledger
+        ledger.open(budget, lambda releases, delta: epsilon(releases, delta).epsilon)
+        if shared is not None:
+            shared.hold(ledger.state().identity, self.root.name, budget.planned)
 
     @property
     def secret_reference(self) -> str:
@@ -115,13 +165,35 @@ class Run:
         return folders[stage] / "_SUCCESS.json"
 
 
+def witness_path(root: Path) -> Path:
+    """What was last seen of a run's ledger; apart from the run directory."""
+    return root.parent / ".secrets" / f"{root.name}.head"
+
+
 def run_root(config: Config) -> Path:
     if "://" in config.run.storage:
         raise InputError(
-            f"run.storage={config.run.storage}: expected a local folder, or one shared by NFS 4; the ledger needs "
-            "locks and appends that an object store does not give; the data itself may lie at data.path=s3://..."
+            f"run.storage={config.run.storage}: expected a local folder, or one shared by NFS 4; checkpoints need "
+            "renames and locks that an object store does not give; data may lie at data.path=s3://..., a ledger at "
+            "ledger.path=s3://..."
         )
     return Path(config.run.storage).expanduser().resolve() / run_name(config)
+
+
+def make_root(config: Config) -> Path:
+    """The run's directory, made where it is missing; nothing in it.
+
+    Raises:
+      InputError: if it can't be made, or holds a run of another configuration.
+    """
+    root = run_root(config)
+    check_binding(root, config)
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        advice = f"{error.strerror}: {error.filename}; choose another"
+        raise InputError(f"run.storage={config.run.storage}: expected a folder to write to ({advice})") from error
+    return root
 
 
 @contextmanager
@@ -131,19 +203,16 @@ def open_run(config: Config) -> Iterator[Run]:
     Raises:
       InputError: if the directory holds a run of another configuration, or another process is running it.
     """
-    run = Run(run_root(config), config)
-    check_binding(run.root, config)
-    try:
-        run.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        advice = f"{error.strerror}: {error.filename}; choose another"
-        raise InputError(f"run.storage={config.run.storage}: expected a folder to write to ({advice})") from error
+    run = Run(make_root(config), config, secrets.token_hex(16))
     with _only_one(run.root / ".lock"):
         check_binding(run.root, config)
-        (run.root.parent / ".secrets").mkdir(exist_ok=True, mode=0o700)
+        for folder in (".secrets", ".ledgers"):
+            (run.root.parent / folder).mkdir(exist_ok=True, mode=0o700)
         if not config.privacy.test_mode and config.privacy.secret is None:
             create_secret(Path(run.secret_reference.removeprefix("file:")))
         run.secret()
+        if config.ledger.path and isinstance(log := open_log(config.ledger.path), ObjectLog):
+            log.probe()
         _describe(run)
         yield run
 
@@ -168,11 +237,14 @@ def _only_one(path: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        holder = path.read_text().strip() or "just started"
         os.close(descriptor)
         raise InputError(
-            f"run.name={path.parent.name}: another process is running it; wait, or use a new run.name"
+            f"run.name={path.parent.name}: another process ({holder}) is running it; wait, or use a new run.name"
         ) from error
     try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         os.close(descriptor)

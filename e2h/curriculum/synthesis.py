@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from e2h.config import SamplingConfig, expect
+from e2h.config import SamplingConfig, expect, stamp
 from e2h.curriculum.batches import addressed_seeds
 from e2h.curriculum.run import Run
 from e2h.curriculum.train import new_network
@@ -38,6 +38,10 @@ def image_labels(sampling: SamplingConfig, num_classes: int) -> np.ndarray:
     return labels[order][: sampling.num_images].astype(np.int64)
 
 
+def num_shards(sampling: SamplingConfig) -> int:
+    return -(-sampling.num_images // sampling.images_per_shard)
+
+
 class Synthesizer:
     """Loads a run's weights once and makes shards of images; a shard that exists is not made again."""
 
@@ -49,9 +53,6 @@ class Synthesizer:
         self.network.to(device).eval()
         self.labels = image_labels(run.config.sampling, len(self.manifest.class_names))
 
-    def num_shards(self) -> int:
-        return -(-len(self.labels) // self.run.config.sampling.images_per_shard)
-
     def write_shard(self, index: int) -> int:
         """Makes `part-00000.parquet` of the run's synthetic images; returns the number of images made."""
         path = shard_path(self.run.synthetic, index)
@@ -60,7 +61,7 @@ class Synthesizer:
         size = self.run.config.sampling.images_per_shard
         places = np.arange(index * size, min((index + 1) * size, len(self.labels)))
         images = np.concatenate([self._images(part) for part in np.array_split(places, max(1, len(places) // 250))])
-        write_hf_parquet(path, images, self.labels[places], self.manifest.class_names)
+        write_hf_parquet(path, images, self.labels[places], self.manifest.class_names, notes=stamp(self.run.config))
         return len(places)
 
     def _images(self, places: np.ndarray) -> np.ndarray:

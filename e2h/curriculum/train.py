@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save
 
-from e2h.config import digest
+from e2h.config import digest, stamp
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.finetune import PrivateRun, finetune
 from e2h.curriculum.machine import machine
@@ -67,7 +67,7 @@ def train(run: Run, release: Release, workers: Workers, report: Report, progress
     )
     if workers.rank == 0:
         ema.copy_to(network)
-        save_weights(run.weights, network)
+        save_weights(run.weights, network, stamp(config))
 
 
 def new_network(run: Run, prepared: Prepared) -> UNet:
@@ -94,7 +94,7 @@ def private_run(run: Run, release: Release, prepared: Prepared, workers: Workers
     # The kinds of machine in the group, not their number: a unit's result depends on where it is computed.
     place = digest([start, workers.distinct(one)])
     domain = run.domain(release.event.to_json(), prepared.manifest.digest, place)
-    return PrivateRun(release, run.ledger, run.secret(), domain, start)
+    return PrivateRun(release, run.ledger, run.secret(), domain, start, run.config.privacy.noise_shares)
 
 
 def weights_digest(network: UNet) -> str:
@@ -105,6 +105,6 @@ def weights_digest(network: UNet) -> str:
     return total.hexdigest()
 
 
-def save_weights(path: Path, network: UNet) -> None:
+def save_weights(path: Path, network: UNet, notes: Mapping[str, str]) -> None:
     tensors = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
-    write_bytes(path, save(tensors, metadata={"format": "pt"}))
+    write_bytes(path, save(tensors, metadata={"format": "pt", **notes}))

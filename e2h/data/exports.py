@@ -32,6 +32,7 @@ def write_hf_parquet(
     labels: np.ndarray,
     class_names: Sequence[str],
     extra: Mapping[str, np.ndarray] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one Parquet file that `datasets.load_dataset("parquet", data_files=...)` opens with its feature types.
 
@@ -41,6 +42,7 @@ def write_hf_parquet(
       labels: whole numbers [N] in [0, len(class_names)).
       class_names: names of the ClassLabel feature.
       extra: further columns of numbers [N], e.g. the round of a central image.
+      notes: entries of the file's metadata.
     """
     extra = dict(extra or {})
     features: dict[str, Any] = {
@@ -54,7 +56,8 @@ def write_hf_parquet(
         "label": pa.array(np.asarray(labels, dtype=np.int64)),
         **{name: pa.array(values) for name, values in extra.items()},
     }
-    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    described = {"huggingface": json.dumps({"info": {"features": features}}), **(notes or {})}
+    table = pa.table(columns).replace_schema_metadata(described)
     with filesystem.atomic_writer(path, filesystem.PUBLIC) as file:
         pq.write_table(table, file, row_group_size=ROW_GROUP)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from e2h.data import filesystem
 from e2h.errors import InputError
@@ -119,10 +121,12 @@ def _pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2] == 1 else image))
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    """PNG file of a uint8 [H, W, 1 or 3] image; lossless."""
-    buffer = io.BytesIO()
-    _pillow(image).save(buffer, format="PNG")
+def encode_png(image: np.ndarray, notes: Mapping[str, str] | None = None) -> bytes:
+    """PNG file of a uint8 [H, W, 1 or 3] image; lossless. `notes` become its text entries."""
+    buffer, texts = io.BytesIO(), PngInfo()
+    for name, value in (notes or {}).items():
+        texts.add_text(name, value)
+    _pillow(image).save(buffer, format="PNG", pnginfo=texts)
     return buffer.getvalue()
 
 
@@ -153,6 +157,6 @@ def upscale(image: np.ndarray, min_side: int) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def write_png(path: filesystem.Location, image: np.ndarray) -> None:
+def write_png(path: filesystem.Location, image: np.ndarray, notes: Mapping[str, str] | None = None) -> None:
     """Writes a uint8 [H, W, 1 or 3] image atomically with ordinary permissions (grids of releasable images)."""
-    filesystem.write_bytes(path, encode_png(image), filesystem.PUBLIC)
+    filesystem.write_bytes(path, encode_png(image, notes), filesystem.PUBLIC)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from e2h.config import Config, expect
-from e2h.curriculum.run import check_binding
+from e2h.curriculum.run import Run, check_binding
 from e2h.data.filesystem import write_bytes
 from e2h.data.records import Source
 from e2h.data.sources import open_source
@@ -33,10 +33,11 @@ def dry_run(config: Config, root: Path) -> PrivacyPlan:
     check_binding(root, config)
     source = preflight(config)
     num_records = config.data.num_records or source.num_train
-    plan = make_plan(config, num_records, source.class_names)
+    run = Run(root, config)
+    plan = run.shared_plan(make_plan(config, num_records, source.class_names))
     content = plan.to_json()
     # The plan of a run that has begun is what its ledger was opened with: looking must not change it.
-    if not (root / "ledger.jsonl").exists():
+    if run.ledger.budget() is None:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
     show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import ray
 
-from e2h.config import expect
+from e2h.config import expect, stamp
 from e2h.curriculum.central import CentralQuery
 from e2h.curriculum.machine import machine
 from e2h.curriculum.run import Run
-from e2h.curriculum.synthesis import image_labels, shard_path
+from e2h.curriculum.synthesis import image_labels, num_shards, shard_path
 from e2h.data.exports import read_hf_parquet, write_hf_parquet
 from e2h.data.filesystem import write_bytes
 from e2h.data.images import grid, upscale, write_png
@@ -31,6 +31,7 @@ from e2h.distributed.console import say, show_plan, training_status
 from e2h.distributed.training import PROGRESS_FILE, train_on_workers
 from e2h.errors import BudgetError, InputError
 from e2h.evaluation.evaluate import evaluate as measure
+from e2h.privacy.accounting import epsilon
 from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan, make_plan, read_plan
 from e2h.reporting.metrics import MetricWriter
@@ -75,14 +76,14 @@ def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
 def _read_or_make_plan(run: Run, prepared: Prepared) -> tuple[PrivacyPlan, dict[str, Any]]:
     path, facts = run.root / "plan.json", prepared.manifest
     if run.ledger.budget() is None or not path.exists():
-        made = make_plan(run.config, facts.num_listed_train, facts.class_names)
+        made = run.shared_plan(make_plan(run.config, facts.num_listed_train, facts.class_names))
         write_bytes(path, json.dumps(made.to_json(), indent=2).encode())
     content = json.loads(path.read_text())
     plan = read_plan(content)
     public = (plan.num_records, plan.class_names, plan.not_private)
     if public != (facts.num_listed_train, facts.class_names, run.config.privacy.test_mode):
         raise InputError(f"{path}: expected the plan of this data and configuration; it was altered, remove it")
-    run.ledger.open(plan.budget)
+    run.open_budget(plan.budget)
     return plan, content
 
 
@@ -100,7 +101,7 @@ def release_central_images(run: Run, prepared: Prepared, plan: PrivacyPlan) -> N
         noise_key = derive_key(run.secret(), "central/noise", domain)
         released = query.release(sums, noise_key)
         _write_central(run, query.decode(released), facts.class_names)
-        write_bytes(run.central / "event.json", json.dumps(event.to_json(), indent=2).encode())
+        write_bytes(run.central / "event.json", json.dumps({**event.to_json(), **stamp(run.config)}, indent=2).encode())
         run.mark_done("central")
     num_rounds, kind = run.config.central.num_rounds, run.config.central.query
     say("central", f"{num_rounds} noisy {kind} images a class released (central/grid.png)")
@@ -113,13 +114,14 @@ def _write_central(run: Run, images: np.ndarray, class_names: tuple[str, ...]) -
     run.central.mkdir(exist_ok=True, mode=0o700)
     flat = images.reshape(-1, *images.shape[2:])
     rounds = np.repeat(np.arange(num_rounds), num_groups)
-    write_hf_parquet(run.central / "images.parquet", flat, np.tile(labels, num_rounds), class_names, {"round": rounds})
+    target, notes = run.central / "images.parquet", stamp(run.config)
+    write_hf_parquet(target, flat, np.tile(labels, num_rounds), class_names, {"round": rounds}, notes)
     _write_grid(run, "central/grid", run.central / "grid.png", flat, num_groups)
 
 
 def _write_grid(run: Run, metric: str, path: Path, images: np.ndarray, columns: int) -> None:
     picture = upscale(grid(images, columns), GRID_SIDE)
-    write_png(path, picture)
+    write_png(path, picture, stamp(run.config))
     with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
         metrics.image(metric, picture, 0)
 
@@ -129,11 +131,13 @@ def train(run: Run, plan: PrivacyPlan) -> None:
     if not run.done("train"):
         schedule = [tuple(point) for point in json.loads((run.root / "plan.json").read_text())["epsilon_schedule"]]
         start = time.monotonic()
+        # Here, not at a worker's first charge: what an older driver left running is refused from now on.
+        run.ledger.take_over()
         with training_status(run.root / PROGRESS_FILE, run.config, schedule, plan.target_epsilon):
             train_on_workers(run, plan.release("finetune"))
         say("train", f"warm-up and {run.config.finetune.num_steps} DP-SGD steps in {time.monotonic() - start:.0f} s")
         run.mark_done("train")
-    spent = run.ledger.cost(run.ledger.charged(), plan.delta)
+    spent = epsilon(run.ledger.charged(), plan.delta).epsilon
     say("ledger", f"epsilon {spent:.4f} of {plan.target_epsilon:g} spent at delta {plan.delta:g}, all stages together")
 
 
@@ -142,10 +146,9 @@ def sample(run: Run) -> None:
     expect(run.weights.exists(), "run.name", run.root.name, "a trained run", "run the train job first")
     facts = open_prepared(run.prepared).manifest
     labels = image_labels(run.config.sampling, len(facts.class_names))
-    num_shards = -(-len(labels) // run.config.sampling.images_per_shard)
     if not run.done("sample"):
         _forget_images_of_other_weights(run)
-        datasets.synthesize(run, num_shards)
+        datasets.synthesize(run, num_shards(run.config.sampling))
         columns = len(facts.class_names)
         images, shown = read_hf_parquet([shard_path(run.synthetic, 0)])
         by_class = [np.flatnonzero(shown == label)[:8] for label in range(columns)]
@@ -205,7 +208,7 @@ def publish(run: Run) -> Path:
         raise InputError(f"run.name={run.root.name}: expected synthetic images; run the sample job first")
     plan, _ = _read_or_make_plan(run, open_prepared(run.prepared))
     if set(run.ledger.charged()) != set(plan.releases):
-        raise BudgetError(f"{run.ledger.path}: expected charges of {plan.releases}, found {run.ledger.charged()}")
+        raise BudgetError(f"{run.ledger.location}: expected charges of {plan.releases}, found {run.ledger.charged()}")
     release = build_release(run.root, run.ledger.head())
     report = write_report(run.root)
     say("publish", f"to publish: {release}")

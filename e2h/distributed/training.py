@@ -22,7 +22,6 @@ from e2h.privacy.events import Release
 from e2h.reporting.metrics import MetricWriter
 
 PROGRESS_FILE = "progress.json"
-REFUSAL_FILE = "refused.json"
 PROGRESS_EVERY_S = 0.5
 
 
@@ -32,7 +31,7 @@ def train_on_workers(run: Run, release: Release) -> None:
     Raises:
       InputError, BudgetError: what a worker refused.
     """
-    note = run.root / REFUSAL_FILE
+    note = run.refusal
     note.unlink(missing_ok=True)
     storage = run.root / "ray"
     trainer = TorchTrainer(
@@ -78,7 +77,7 @@ def _raise_refusal(error: BaseException) -> None:
 def _worker(config: dict[str, Any]) -> None:
     """One worker. A refusal goes into a note for the driver and ends the group: a group started anew reads it too."""
     run: Run = config["run"]
-    note = run.root / REFUSAL_FILE
+    note = run.refusal
     if note.exists():
         return
     workers = Workers.current(ray.train.torch.get_device())

@@ -1,9 +1,12 @@
-"""Per-example gradients -> flat clip -> sum on an integer grid (Abadi et al. 2016).
+"""Per-example gradients -> clip -> sum on an integer grid (Abadi et al. 2016).
 
 The noise draws of an example are averaged before the clip (noise multiplicity: Dockhorn et al. 2023).
 
 Three engines make the same per-example gradients: `folded` (fast), `opacus` (reference), `loop` (oracle). One function,
 `clip_and_sum`, ends all three, and the guarantee hangs on it alone.
+
+In bfloat16 the network runs under autocast: weights stay float32, activations and their gradients are rounded, and what
+is clipped and summed is float32 as always. The bound on a contribution doesn't depend on how a gradient was computed.
 """
 
 from __future__ import annotations
@@ -11,97 +14,36 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from e2h.errors import InputError
-from e2h.privacy.folded import folded_gradients, trainable_modules
+from e2h.privacy.clipped_sum import GRID_BITS, ClippedSum, check_clipping, clip_and_sum
+from e2h.privacy.folded import Folded
 
-GRID_BITS = 30
-MARGIN = 2.0**-10
-BLOCK_COLUMNS = 4096  # the float64 copy of a block stays small: neither a second [B, P] nor out of the cache
+__all__ = ["GRID_BITS", "ClippedSum", "Engine", "clip_and_sum", "make_engine"]
 
 Batch = dict[str, Tensor]  # every entry [B, ...]
 LossFunction = Callable[[nn.Module, Batch], Tensor]  # -> losses [B]; K-mean inside, the network's rows k-major
 Gradients = tuple[list[Tensor], Tensor]  # ([B, p] for each trainable parameter in order, losses [B])
 
 
-@dataclass(frozen=True)
-class ClippedSum:
-    """The clipped gradients of one micro-batch, summed, without noise: sensitive, all of it.
-
-    `vector` int64 [P], all trainable parameters in the network's order, in steps of max_grad_norm * 2**-30.
-    `count`: examples of weight 1, those with a non-finite gradient included.
-    `losses` [B] and `norms` float64 [B] (before the clip): diagnostics computed on private data without noise.
-    """
-
-    vector: Tensor
-    count: int
-    losses: Tensor
-    norms: Tensor
-
-
-def clip_and_sum(gradients: list[Tensor], weights: Tensor, losses: Tensor, max_grad_norm: float) -> ClippedSum:
-    """Clips each example's gradient over all P parameters, rounds it to the grid and sums exactly.
-
-    Sensitivity. Write C = max_grad_norm, n for the norm of an example's computed gradient g, and
-    s = min(1, (1 - 2^-10) C / n) 2^30 / C for its scale. The example contributes the integers round(fl(g_j s)), and:
-      1. n is taken in float64 of the very tensor that is scaled: relative error below P 2^-52;
-      2. s is rounded to float32 and so is each product: |fl(g_j s)| <= |g_j| s (1 + 2^-24)^2 (a product that underflows
-         rounds to 0);
-      3. rounding to a whole number is exact in float32 and moves a coordinate by at most 1/2, the vector by
-         sqrt(P) / 2;
-      so the L2 norm of the integers is at most (1 - 2^-10)(1 + 2^-22)(1 + P 2^-52) 2^30 + sqrt(P) / 2, which is below
-      2^30 steps = C for P <= 2^40 (that is 2^30 - 2^20 + 2^18 + 2^8 + 2^19).
-      4. Whole numbers up to 2^30 are summed in float64 and then in int64: exact, in any order, up to 2^23 examples a
-         micro-batch. A sum therefore changes by exactly one example's integers, at most C, when that example comes or
-         goes, however the others are cut into micro-batches, spread over workers or reordered.
-    What is assumed, not proved: that the libraries compute g from the example alone, to the last bit, whatever else is
-    in the micro-batch. Fixed shapes (padding with weight 0) keep them on one code path. The 2^-10 that is given up
-    is room for differences in the last bits.
-
-    An example of weight 0 or with a non-finite gradient contributes exactly 0 and changes no other.
-
-    Args:
-      gradients: [B, p] float32 or float64 for each parameter; overwritten.
-      weights: [B] of 0 and 1.
-      losses: [B].
-      max_grad_norm: C, above 0.
-    """
-    blocks = [block for gradient in gradients for block in gradient.split(BLOCK_COLUMNS, dim=1)]
-    partial_norms = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in blocks]
-    norms = torch.linalg.vector_norm(torch.stack(partial_norms), dim=0)
-    finite = torch.isfinite(norms)
-    coefficients = torch.where(finite, ((1 - MARGIN) * max_grad_norm / norms).clamp(max=1.0), 0.0) * weights
-    scales = coefficients * (2.0**GRID_BITS / max_grad_norm)
-    dropped = torch.nonzero(~finite).flatten()
-    ones, sums = torch.ones_like(norms), []
-    for block in blocks:
-        if len(dropped) > 0:
-            block[dropped] = 0.0  # 0 * inf would be NaN
-        on_grid = block.mul_(scales.to(block.dtype)[:, None]).round_()
-        sums.append((ones @ on_grid.to(torch.float64)).to(torch.int64))
-    return ClippedSum(torch.cat(sums), int(weights.sum()), losses, norms)
-
-
-def _folded(network: nn.Module, loss_fn: LossFunction, batch: Batch, num_examples: int, num_draws: int) -> Gradients:
-    return folded_gradients(network, lambda net: _losses(net, loss_fn, batch, num_examples), num_examples, num_draws)
-
-
-def _loop(network: nn.Module, loss_fn: LossFunction, batch: Batch, num_examples: int, num_draws: int) -> Gradients:
+def _loop(network: nn.Module, loss_fn: LossFunction, num_draws: int, batch: Batch, num_examples: int) -> Gradients:
     """One ordinary backward pass an example."""
     parameters = _trainable(network)
     losses, rows = [], []
     for i in range(num_examples):
-        loss = _losses(network, loss_fn, {name: entry[i : i + 1] for name, entry in batch.items()}, 1)
+        loss = loss_fn(network, {name: entry[i : i + 1] for name, entry in batch.items()})
+        _expect_losses(loss, 1)
         rows.append(torch.autograd.grad(loss.sum(), parameters))
         losses.append(loss.detach())
     return [torch.stack(column).flatten(1) for column in zip(*rows, strict=True)], torch.cat(losses)
 
 
-def _opacus(network: nn.Module, loss_fn: LossFunction, batch: Batch, num_examples: int, num_draws: int) -> Gradients:
+def _opacus(network: nn.Module, loss_fn: LossFunction, num_draws: int, batch: Batch, num_examples: int) -> Gradients:
     """Opacus' per-row gradients, summed over the draws of an example (the loss holds the 1/K of the mean)."""
     from opacus.grad_sample import GradSampleModule
 
@@ -113,7 +55,8 @@ def _opacus(network: nn.Module, loss_fn: LossFunction, batch: Batch, num_example
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        losses = _losses(wrapped, loss_fn, batch, num_examples)
+        losses = loss_fn(wrapped, batch)
+        _expect_losses(losses, num_examples)
         losses.sum().backward()
     gradients = []
     for name, parameter in wrapped.named_parameters():
@@ -121,25 +64,30 @@ def _opacus(network: nn.Module, loss_fn: LossFunction, batch: Batch, num_example
             rows = getattr(parameter, "grad_sample", None)
             if not isinstance(rows, Tensor) or rows.shape[0] != num_draws * num_examples:
                 raise RuntimeError(f"parameter {name}: expected one gradient a row, {num_draws} x {num_examples}")
+            rows = rows.to(parameter.dtype)  # half precision is summed in float32
             gradients.append(rows.reshape(num_draws, num_examples, -1).sum(0))
     return gradients, losses.detach()
 
 
-_ENGINES = {"folded": _folded, "opacus": _opacus, "loop": _loop}
+_REFERENCES = {"opacus": _opacus, "loop": _loop}
+ENGINES = ("folded", *_REFERENCES)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Clipped gradient sums of a network, by one of three ways; see `make_engine`."""
+    """Clipped gradient sums of a network, by one of three ways; see `make_engine`.
 
-    name: str
+    `per_example`: (batch, B) -> gradients and losses of each example.
+    """
+
     network: nn.Module
-    loss_fn: LossFunction
+    per_example: Callable[[Batch, int], Gradients] = field(repr=False)
     max_grad_norm: float
-    noise_multiplicity: int
+    clipping: str = "flat"
+    norm_threshold: float = 1.0
 
     def accumulate(self, batch: Batch, weights: Tensor) -> ClippedSum:
-        """Sums the clipped gradients of one micro-batch; keeps no state and leaves the network as it was.
+        """Sums the clipped gradients of one micro-batch; keeps no gradients and leaves the network as it was.
 
         Args:
           batch: each entry [B, ...] with the example leading; B may be 0. All draws of an example are in it.
@@ -160,13 +108,21 @@ class Engine:
             empty = parameters[0].new_zeros(0)
             vector = empty.new_zeros(sum(p.numel() for p in parameters), dtype=torch.int64)
             return ClippedSum(vector, 0, empty, empty.double())
-        compute = _ENGINES[self.name]
-        gradients, losses = compute(self.network, self.loss_fn, batch, num_examples, self.noise_multiplicity)
-        return clip_and_sum(gradients, weights, losses, self.max_grad_norm)
+        gradients, losses = self.per_example(batch, num_examples)
+        return clip_and_sum(gradients, weights, losses, self.max_grad_norm, self.clipping, self.norm_threshold)
 
 
 def make_engine(
-    name: str, network: nn.Module, loss_fn: LossFunction, max_grad_norm: float, noise_multiplicity: int
+    name: str,
+    network: nn.Module,
+    loss_fn: LossFunction,
+    max_grad_norm: float,
+    noise_multiplicity: int,
+    *,
+    clipping: str = "flat",
+    norm_threshold: float = 1.0,
+    dtype: str = "float32",
+    compiled: bool = False,
 ) -> Engine:
     """Chooses how per-example gradients are made; the results agree to floating-point precision.
 
@@ -178,13 +134,30 @@ def make_engine(
         K * B rows in k-major order (row k * B + b).
       max_grad_norm: C, the L2 bound of one example's contribution over all parameters.
       noise_multiplicity: K.
+      clipping: flat, normalized or global; see `e2h.privacy.clipped_sum.clip_factors`.
+      norm_threshold: Z of clipping=global.
+      dtype: float32 (the parameters' own type) or bfloat16 (autocast).
+      compiled: `torch.compile` for folded; the references run as they are.
 
     Raises:
       InputError: on an unknown name, a layer that mixes examples, a parameter that is shared, of another type, or
         (folded) in an unsupported layer.
     """
-    if name not in _ENGINES:
-        raise InputError(f"finetune.engine={name}: expected one of {', '.join(_ENGINES)}")
+    if name not in ENGINES:
+        raise InputError(f"finetune.engine={name}: expected one of {', '.join(ENGINES)}")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"finetune.dtype={dtype}: expected float32 or bfloat16")
+    check_clipping(clipping, max_grad_norm, norm_threshold)
+    _check_network(network)
+    loss = partial(_autocast_loss, loss_fn) if dtype == "bfloat16" else loss_fn
+    if name == "folded":
+        per_example: Callable[[Batch, int], Gradients] = Folded(network, loss, noise_multiplicity, compiled)
+    else:
+        per_example = partial(_REFERENCES[name], network, loss, noise_multiplicity)
+    return Engine(network, per_example, max_grad_norm, clipping, norm_threshold)
+
+
+def _check_network(network: nn.Module) -> None:
     for module_name, module in network.named_modules():
         tracked = getattr(module, "track_running_stats", False)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or tracked:
@@ -193,17 +166,18 @@ def make_engine(
     for parameter_name, parameter in network.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise InputError(f"{parameter_name}={parameter.dtype}: expected float32 or float64 parameters")
-    if name == "folded":
-        trainable_modules(network)
-    return Engine(name, network, loss_fn, max_grad_norm, noise_multiplicity)
+
+
+def _autocast_loss(loss_fn: LossFunction, network: nn.Module, batch: Batch) -> Tensor:
+    device = next(iter(batch.values())).device.type
+    with torch.autocast(device, torch.bfloat16):
+        return loss_fn(network, batch)
 
 
 def _trainable(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def _losses(network: nn.Module, loss_fn: LossFunction, batch: Batch, num_examples: int) -> Tensor:
-    losses = loss_fn(network, batch)
+def _expect_losses(losses: Tensor, num_examples: int) -> None:
     if losses.shape != (num_examples,):
         raise ValueError(f"loss_fn returned {tuple(losses.shape)}: expected one loss an example, ({num_examples},)")
-    return losses

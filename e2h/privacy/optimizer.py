@@ -1,32 +1,45 @@
 """Opacus' `DPOptimizer` with secure global clipping: one noise draw a step, whatever the number of workers.
 
-Workers add clipped sums as integers on a common grid, one of them adds the addressed noise *before* the reduction, so a
-total without noise exists on no machine of several. Integer addition is associative: the step is bit-identical for any
+Workers add clipped sums as integers on a common grid; the addressed noise enters *before* the reduction, so a total
+without noise exists on no machine of several. Integer addition is associative: the step is bit-identical for any
 number of workers. Counters travel in the same reduction, and a mismatch stops the step before anything is released.
+
+It also serves in an ordinary Opacus script, in place of `DPOptimizer` over a `GradSampleModule`: see
+docs/opacus_example.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor
 
-from e2h.privacy.dpsgd import GRID_BITS, ClippedSum
+from e2h.privacy.dpsgd import GRID_BITS, ClippedSum, clip_and_sum
 from e2h.privacy.noise import gaussian_noise
 
 
 class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Wraps an ordinary optimiser over parameters whose clipped gradient sums an engine provides.
+    """Wraps an ordinary optimiser over parameters whose clipped gradient sums an engine, or Opacus, provides.
+
+    Noise shares. With S shares, each is rounded noise of variance sigma^2 C^2 / S, and worker r of W adds shares r,
+    r + W, ...: where S >= W every worker's own sum is noisy before it leaves the machine, though with a part of the
+    noise only. The shares are as good as one draw: a Gaussian whose standard deviation is above 2^20 steps, rounded
+    to whole numbers, has the characteristic function of that Gaussian plus a uniform number on [-1/2, 1/2], up to less
+    than exp(-2^40) (Poisson summation). The sum of S rounded shares is therefore distributed as the whole Gaussian plus
+    S - 1 independent uniforms, rounded: post-processing of the Gaussian mechanism.
 
     Args:
       optimizer: e.g. Adam over the network's parameters.
       noise_multiplier, max_grad_norm: as in the accounted release.
       expected_batch_size: sampling_prob * N, the public denominator.
-      noise_key: secret 32-byte key of a step.
+      noise_key: secret 32-byte key of a step. A key must never serve two steps or two data sets.
       sum_integers: sums an int64 tensor over all workers in place (one collective).
       rank, num_workers: of this worker.
+      num_shares: S >= 1, independent of the number of workers.
     """
 
     def __init__(
@@ -37,9 +50,10 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
         max_grad_norm: float,
         expected_batch_size: float,
         noise_key: Callable[[int], bytes],
-        sum_integers: Callable[[Tensor], None],
-        rank: int,
-        num_workers: int,
+        sum_integers: Callable[[Tensor], None] = lambda values: None,
+        rank: int = 0,
+        num_workers: int = 1,
+        num_shares: int = 1,
     ) -> None:
         super().__init__(
             optimizer,
@@ -47,17 +61,13 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size,
         )
+        if num_shares != 1 and not (num_shares > 1 and noise_multiplier * 2.0**GRID_BITS > 2.0**20 * num_shares**0.5):
+            raise ValueError(f"num_shares={num_shares}: expected 1, or as many as leave 2^20 grid steps to a share")
         self._noise_key, self._sum_integers = noise_key, sum_integers
-        self._rank, self._num_workers = rank, num_workers
+        self._rank, self._num_workers, self._num_shares = rank, num_workers, num_shares
         self._num_coordinates = sum(p.numel() for p in self.params)
-        self.zero_grad()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets everything accumulated, sums and counters together."""
-        # Layout: clipped sum | examples | noise draws | step number + 1.
-        device = self.params[0].device
-        self._totals = torch.zeros(self._num_coordinates + 3, dtype=torch.int64, device=device)
-        self.original_optimizer.zero_grad(set_to_none)
+        self._steps_done = 0
+        self._forget()
 
     def accumulate(self, clipped: ClippedSum) -> None:
         """Adds one micro-batch of this worker."""
@@ -75,28 +85,83 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
           RuntimeError: if examples were lost or doubled, noise did not enter exactly once, or workers disagree on the
             step. Nothing is updated then.
         """
-        size = self._num_coordinates
-        if self._rank == 0:
-            self._totals[:size] += self._noise(step)
-            self._totals[size + 1] += 1
-        self._totals[size + 2] = step + 1
-        self._sum_integers(self._totals)
-        counters = self._totals[size:].tolist()
-        expected = [num_examples, 1, self._num_workers * (step + 1)]
-        if counters != expected:
-            self.zero_grad()
-            raise RuntimeError(f"step {step}: counters {counters}, expected {expected}; nothing was released")
+        self._reduce(step, num_examples)
         self._write_gradients()
         self.original_optimizer.step()
         self.zero_grad()
 
-    def _noise(self, step: int) -> Tensor:
-        # In grid steps the sensitivity is 2^GRID_BITS, so this is noise_multiplier * max_grad_norm.
-        noise = gaussian_noise(self._noise_key(step), 0, self._num_coordinates, self.noise_multiplier * 2.0**GRID_BITS)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients, and what was accumulated unless Opacus' last `step` only accumulated."""
+        super().zero_grad(set_to_none)
+        if not self._is_last_step_skipped:
+            self._forget()
+
+    def clip_and_accumulate(self) -> None:
+        """Opacus' first part of `step`: the `grad_sample` of every parameter, clipped and summed by our rule."""
+        for parameter in self.params:
+            _check_processed_flag(parameter.grad_sample)
+        rows = [sample.flatten(1).clone() for sample in self.grad_samples]
+        weights = torch.ones(len(rows[0]), device=rows[0].device)
+        self.accumulate(clip_and_sum(rows, weights, weights, self.max_grad_norm))
+        for parameter in self.params:
+            _mark_as_processed(parameter.grad_sample)
+
+    def add_noise(self) -> None:
+        """Opacus' second part: the reduction over workers with noise, once. Steps are numbered from the first on."""
+        self._reduce(self._steps_done, None)
+        self._steps_done += 1
+
+    def scale_grad(self) -> None:
+        """Opacus' last part: gradients over the expected batch, and over backward passes that were accumulated."""
+        self._write_gradients(self.accumulated_iterations)
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimiser's state and the number of steps done, which addresses the next noise."""
+        return {**super().state_dict(), "steps_done": self._steps_done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with the step after those done.
+
+        Raises:
+          KeyError: if the number of steps is missing: beginning at 0 again would draw the same noise twice.
+        """
+        content = dict(state_dict)
+        self._steps_done = content.pop("steps_done")
+        super().load_state_dict(content)
+
+    def _forget(self) -> None:
+        # Layout: clipped sum | examples | noise shares | step number + 1 | its square.
+        self._totals = torch.zeros(self._num_coordinates + 4, dtype=torch.int64, device=self.params[0].device)
+
+    def _reduce(self, step: int, num_examples: int | None) -> None:
+        """Sums over workers with noise; raises, and forgets, if the counters don't add up."""
+        size = self._num_coordinates
+        for share in range(self._rank, self._num_shares, self._num_workers):
+            self._totals[:size] += self._noise(step, share)
+            self._totals[size + 1] += 1
+        self._totals[size + 2] = step + 1
+        self._totals[size + 3] = (step + 1) ** 2
+        self._sum_integers(self._totals)
+        counters = self._totals[size:].tolist()
+        # A sum of numbers and that of their squares agree with one number only if all are that number.
+        examples = counters[0] if num_examples is None else num_examples
+        workers = self._num_workers
+        expected = [examples, self._num_shares, workers * (step + 1), workers * (step + 1) ** 2]
+        if counters != expected:
+            self._is_last_step_skipped = False
+            self.zero_grad()
+            raise RuntimeError(f"step {step}: counters {counters}, expected {expected}; nothing was released")
+
+    def _noise(self, step: int, share: int) -> Tensor:
+        # In grid steps the sensitivity is 2^GRID_BITS, so all shares make noise_multiplier * max_grad_norm.
+        standard_deviation = self.noise_multiplier * 2.0**GRID_BITS / self._num_shares**0.5
+        start = share * self._num_coordinates
+        noise = gaussian_noise(self._noise_key(step), start, start + self._num_coordinates, standard_deviation)
         return torch.from_numpy(noise).to(self._totals.device)
 
-    def _write_gradients(self) -> None:
-        scale = self.max_grad_norm * 2.0**-GRID_BITS / self.expected_batch_size
+    def _write_gradients(self, num_batches: int = 1) -> None:
+        scale = self.max_grad_norm * 2.0**-GRID_BITS / (self.expected_batch_size * num_batches)
         gradients = (self._totals[: self._num_coordinates].double() * scale).float()
         for parameter, gradient in zip(self.params, gradients.split([p.numel() for p in self.params]), strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from e2h.privacy.accounting import (
     epsilon_curve,
     epsilon_pld,
 )
+from e2h.privacy.dataset_ledger import SharedBudget
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget
 
@@ -38,6 +40,7 @@ class PrivacyPlan:
     releases: tuple[Release, ...]
     bound: Bound
     not_private: bool
+    shared: SharedBudget | None = None  # with ledger.scope=dataset
 
     def release(self, name: str) -> Release:
         return next(release for release in self.releases if release.name == name)
@@ -78,12 +81,21 @@ class PrivacyPlan:
             f"Public, and not protected: the number of training records N = {self.num_records}, the list of "
             f"{len(self.class_names)} classes, the image size, and every setting in config.yaml but the secret.",
             *(_describe(release) for release in self.releases),
+            *([self._shared_statement(self.shared)] if self.shared else []),
             "The synthetic images, the central images, the model weights and this document are computed from these "
             "releases alone.",
             "Adversary: sees everything published and knows every other record; does not know the run's secret.",
             "Not covered: how the private set was collected and pre-processed, several records of one person, the "
             "confidentiality of the machines that computed it, and evaluation on real data, which is not published.",
         ]
+
+    def _shared_statement(self, shared: SharedBudget) -> str:
+        held = math.ceil(shared.epsilon_held * 1e4 * (1 - 1e-12)) / 1e4  # printed, it must not understate
+        return (
+            f"All runs that are charged to the budget of data set {shared.name}, later ones included, are together "
+            f"({shared.epsilon:g}, {self.delta:g})-differentially private; with this run, {shared.num_runs} of them "
+            f"hold epsilon {held:g}."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """plan.json of the run directory."""
@@ -105,6 +117,7 @@ class PrivacyPlan:
             "statement": self.statement(),
             "warnings": self.warnings,
             "not_private": self.not_private,
+            **({"shared": asdict(self.shared)} if self.shared else {}),
         }
 
 
@@ -113,9 +126,9 @@ def read_plan(value: dict[str, Any]) -> PrivacyPlan:
     releases = tuple(Release(r["name"], PoissonSampledGaussian.from_json(r["event"])) for r in value["releases"])
     bound = Bound(value["epsilon"], value["epsilon_rdp"])
     names = tuple(value["public"]["class_names"])
-    return PrivacyPlan(
-        value["target_epsilon"], value["delta"], value["num_records"], names, releases, bound, value["not_private"]
-    )
+    shared = SharedBudget(**value["shared"]) if "shared" in value else None
+    target, delta, num_records = value["target_epsilon"], value["delta"], value["num_records"]
+    return PrivacyPlan(target, delta, num_records, names, releases, bound, value["not_private"], shared)
 
 
 def _release_json(release: Release, delta: float) -> dict[str, Any]:

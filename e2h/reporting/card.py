@@ -9,8 +9,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import e2h
+from e2h.config import NOT_PRIVATE
 from e2h.reporting import facts
-from e2h.reporting.metrics import NOT_PRIVATE
 from e2h.reporting.recompute import recipe
 
 

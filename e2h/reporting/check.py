@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from e2h.config import NOT_PRIVATE
 from e2h.errors import InputError
 from e2h.reporting.metrics import METRICS, ReleaseClass
 from e2h.reporting.recompute import TOLERANCE, read_ledger, recompute, stated_epsilon
@@ -143,5 +145,26 @@ def ledger_problems(folder: Path) -> list[str]:
 
 
 def _not_private(folder: Path) -> list[str]:
-    marked = (folder / "ledger.json").is_file() and '"not_private": true' in (folder / "ledger.json").read_text()
-    return ["ledger.json: NOT PRIVATE: made with a published secret (privacy.test_mode=true)"] if marked else []
+    """Files that carry the stamp of test mode, each on its own: parts of two runs may have been mixed."""
+    marked = [name for name in ("ledger.json",) if '"not_private": true' in _text(folder / name)]
+    marked += [f"data/{path.name}" for path in sorted(folder.glob("data/*.parquet")) if NOT_PRIVATE in _notes(path)]
+    marked += [name for name in ("model.safetensors", "grid.png") if NOT_PRIVATE in _notes(folder / name)]
+    return [f"{name}: {NOT_PRIVATE}" for name in marked]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _notes(path: Path) -> str:
+    """The metadata that a file carries, as text; unreadable files are reported elsewhere."""
+    try:
+        if path.suffix == ".parquet":
+            return " ".join(str(value, errors="replace") for value in (pq.read_schema(path).metadata or {}).values())
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                return " ".join(str(value) for value in picture.info.values())
+        with safe_open(str(path), "numpy") as file:
+            return " ".join((file.metadata() or {}).values())
+    except (pa.ArrowException, SafetensorError, OSError):
+        return ""

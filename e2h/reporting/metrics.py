@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from e2h.config import NOT_PRIVATE
+
 
 class ReleaseClass(StrEnum):
     """Who may see a number or a file."""
@@ -58,8 +60,6 @@ METRICS: dict[str, Metric] = {
     "evaluation/cnn": Metric(_SECRET, "Accuracy of the CNN on real images", "share"),
     "evaluation/frechet": Metric(_SECRET, "Frechet distance to the real images", ""),
 }
-
-NOT_PRIVATE = "NOT PRIVATE: made with a published secret (privacy.test_mode=true); anyone can subtract the noise"
 
 
 class MetricWriter:

@@ -19,7 +19,7 @@ from e2h.reporting.check import content_problems, ledger_problems
 from e2h.reporting.report import count_images, render
 
 # Say where the private data, the run and its secret lie, not how the release was made.
-PRIVATE_KEYS = (("data", "path"), ("privacy", "secret"), ("run", "storage"))
+PRIVATE_KEYS = (("data", "path"), ("privacy", "secret"), ("run", "storage"), ("ledger", "path"))
 
 
 def publish(run_dir: str | os.PathLike[str], ledger_head: tuple[int, str] | None = None) -> Path:

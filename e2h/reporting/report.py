@@ -10,9 +10,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import e2h
+from e2h.config import NOT_PRIVATE
 from e2h.data import filesystem
 from e2h.reporting import facts, figures
-from e2h.reporting.metrics import METRICS, NOT_PRIVATE, ReleaseClass, read_curves
+from e2h.reporting.metrics import METRICS, ReleaseClass, read_curves
 from e2h.reporting.recompute import recipe
 
 # A constant or a counter is a number, not a curve.

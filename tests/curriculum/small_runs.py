@@ -31,6 +31,7 @@ from e2h.errors import BudgetError
 from e2h.privacy.accounting import NEIGHBOURING_RELATION
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget, Ledger
+from e2h.privacy.logs import FileLog
 
 MODEL = ModelConfig(base_width=8, width_multipliers=[1], attention_resolutions=[], embedding_width=16)
 CLASSES, NUM_RECORDS, STEPS, UNIT = 3, 60, 20, 4
@@ -60,8 +61,8 @@ def records() -> ImageSet:
 
 
 def new_ledger(folder: Path) -> Ledger:
-    ledger = Ledger(folder / "ledger.jsonl", lambda releases, delta: sum(r.event.count for r in releases) / STEPS)
-    ledger.open(Budget(1.0, 1e-5, "REPLACE_SPECIAL", (RELEASE,)))
+    ledger = Ledger(FileLog(folder / "ledger.jsonl"))
+    ledger.open(Budget(1.0, 1e-5, "REPLACE_SPECIAL", (RELEASE,)), lambda releases, delta: 1.0)
     return ledger
 
 
@@ -163,7 +164,7 @@ def refused_run(workers: Workers, folder: Path) -> dict:
     training, states = Training(folder), []
     training.progress = lambda step: states.append(parameters(training.network).clone())
     with pytest.raises(BudgetError) as refused:
-        training.run(workers, Refusing(ledger.path, ledger.cost))
+        training.run(workers, Refusing(ledger.chain.log))
     return {"message": str(refused.value), "states": states, "end": parameters(training.network).clone()}
 
 
@@ -215,5 +216,5 @@ def prepare(run: Run) -> Release:
     write_hf_parquet(run.central / "images.parquet", images, np.arange(10), facts.class_names)
     step = PoissonSampledGaussian(run.config.finetune.expected_batch_size / facts.num_train, 1.0, 6)
     planned = (Release("finetune", step),)
-    run.ledger.open(Budget(10.0, 1e-4, NEIGHBOURING_RELATION.name, planned))
+    run.open_budget(Budget(10.0, 1e-4, NEIGHBOURING_RELATION.name, planned))
     return planned[0]

@@ -88,7 +88,9 @@ def test_two_processes_cannot_run_one_run_and_a_dead_one_holds_nothing(tmp_path)
     holder.start()
     assert opened.wait(timeout=30)
     with (
-        pytest.raises(InputError, match=r"run\.name=digits-eps10-seed0: another process"),
+        pytest.raises(
+            InputError, match=rf"run\.name=digits-eps10-seed0: another process \(pid {holder.pid} on \S+\) is"
+        ),
         open_run(settings(tmp_path)),
     ):
         pass

@@ -6,12 +6,14 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from safetensors import safe_open
 from small_runs import prepare, small_config
 
-from e2h.config import SamplingConfig
+from e2h.config import NOT_PRIVATE, SamplingConfig, stamp
 from e2h.curriculum.run import Run, open_run
-from e2h.curriculum.synthesis import Synthesizer, image_labels, shard_path
+from e2h.curriculum.synthesis import Synthesizer, image_labels, num_shards, shard_path
 from e2h.curriculum.train import new_network, save_weights
 from e2h.data.exports import read_hf_parquet
 from e2h.data.storage import open_prepared
@@ -66,7 +68,7 @@ def run(tmp_path_factory) -> Run:
             # Its last layer starts at zero; moved, the images depend on their labels and all weights.
             for parameter in network.parameters():
                 parameter.data.add_(0.1)
-            save_weights(opened.weights, network)
+            save_weights(opened.weights, network, stamp(opened.config))
             return opened
 
 
@@ -80,7 +82,7 @@ def made(run, tmp_path):
         copy = Run(folder, replace(run.config, sampling=replace(run.config.sampling, **changes)))
         copy.synthetic.mkdir()
         synthesizer = Synthesizer(copy)
-        counts = [synthesizer.write_shard(index) for index in range(synthesizer.num_shards())]
+        counts = [synthesizer.write_shard(index) for index in range(num_shards(synthesizer.run.config.sampling))]
         images, labels = read_hf_parquet([shard_path(copy.synthetic, index) for index in range(len(counts))])
         assert sum(counts) == len(images)
         return images, labels
@@ -117,7 +119,7 @@ def test_a_shard_is_not_made_twice(run, tmp_path):
     copy = Run(folder, run.config)
     copy.synthetic.mkdir()
     synthesizer = Synthesizer(copy)
-    assert synthesizer.num_shards() == 3
+    assert num_shards(synthesizer.run.config.sampling) == 3
     assert [synthesizer.write_shard(index) for index in (2, 0)] == [4, 8]
     before = {path.name: path.read_bytes() for path in copy.synthetic.iterdir()}
     assert sorted(before) == ["part-00000.parquet", "part-00002.parquet"]
@@ -137,3 +139,18 @@ def test_another_seed_gives_other_images(run, tmp_path):
         Synthesizer(copy).write_shard(0)
         images.append(read_hf_parquet([shard_path(copy.synthetic, 0)])[0])
     assert not (images[0] == images[1]).all(axis=(1, 2, 3)).any()
+
+
+@pytest.mark.parametrize("test_mode", [False, True])
+def test_images_and_weights_of_a_published_secret_say_so(run, tmp_path, test_mode):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.root, folder)
+    copy = Run(folder, replace(run.config, privacy=replace(run.config.privacy, test_mode=test_mode)))
+    copy.synthetic.mkdir()
+    synthesizer = Synthesizer(copy)
+    synthesizer.write_shard(0)
+    save_weights(copy.weights, synthesizer.network, stamp(copy.config))
+    with safe_open(str(copy.weights), "pt") as weights:
+        notes = [weights.metadata().get("not_private"), pq.read_schema(shard_path(folder / "synthetic", 0)).metadata]
+    assert notes[0] == (NOT_PRIVATE if test_mode else None)
+    assert notes[1].get(b"not_private") == (NOT_PRIVATE.encode() if test_mode else None)

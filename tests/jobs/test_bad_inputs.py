@@ -162,7 +162,7 @@ def test_corrupt_share_below_the_limit_is_counted_named_and_skipped(run_job: Job
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_alien_checkpoint_is_refused_and_not_executed(run_job: Job, tmp_path: Path) -> None:
     assert run_job("central", *SMALL, "run.name=r").returncode == 0
     checkpoints = tmp_path / "runs" / "r" / "checkpoints"
@@ -179,7 +179,7 @@ def test_alien_checkpoint_is_refused_and_not_executed(run_job: Job, tmp_path: Pa
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_disk_is_one_line_and_the_same_command_goes_on(run_job: Job, tmp_path: Path) -> None:
     small_disk = tmp_path / "disk"
     small_disk.mkdir()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from e2h.diffusion.networks import Attention
 from e2h.privacy.dpsgd import GRID_BITS, make_engine
 
 torch.set_num_threads(1)
@@ -78,6 +79,7 @@ LAYERS = {
     "linear_sequence": lambda: LinearOverPixels(nn.Linear(4, 3)),
     "linear_without_bias": lambda: LinearOverPixels(nn.Linear(4, 3, bias=False)),
     "embedding": EmbeddingOfPixels,
+    "attention": lambda: Attention(4),
 }
 
 
@@ -123,12 +125,12 @@ def double(batch):
     return {name: entry.double() if entry.is_floating_point() else entry for name, entry in batch.items()}
 
 
-def reference(network, loss_fn, batch, max_grad_norm, weights=None):
+def reference(network, loss_fn, batch, max_grad_norm, weights=None, **clip):
     """The sum in float64, example by example."""
     num_examples = len(next(iter(batch.values())))
     weights = torch.ones(num_examples) if weights is None else weights
     wide = copy.deepcopy(network).double()
-    return make_engine("loop", wide, loss_fn, max_grad_norm, 1).accumulate(double(batch), weights)
+    return make_engine("loop", wide, loss_fn, max_grad_norm, 1, **clip).accumulate(double(batch), weights)
 
 
 def relative(result, expected):

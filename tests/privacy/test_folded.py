@@ -168,3 +168,38 @@ def test_all_draws_of_an_example_must_be_in_the_micro_batch():
     engine = make_engine("folded", LayerNetwork("conv3", "contiguous"), row_loss, 1.0, 4)
     with pytest.raises(RuntimeError, match="got 9 rows: expected 4 draws x 3 examples"):
         engine.accumulate(row_batch(3, 3), torch.ones(3))
+
+
+def test_layers_that_come_to_share_a_weight_are_refused():
+    network = Pair(lambda a, b, x: b(a(x)))
+    engine = make_engine("folded", network, row_loss, 1.0, 2)
+    engine.accumulate(row_batch(3, 2), torch.ones(3))
+    network.b.weight = network.a.weight
+    with pytest.raises(RuntimeError, match="came to share a parameter"):
+        engine.accumulate(row_batch(3, 2), torch.ones(3))
+
+
+def test_parameters_that_come_to_be_frozen_or_replaced_are_refused():
+    for change in (
+        lambda network: network.a.requires_grad_(False),
+        lambda network: setattr(network, "b", nn.Linear(4, 4)),
+        lambda network: setattr(network, "c", nn.Linear(4, 4)),
+    ):
+        network = Pair(lambda a, b, x: b(a(x)))
+        engine = make_engine("folded", network, row_loss, 1.0, 2)
+        change(network)
+        with pytest.raises(RuntimeError, match="make a new engine"):
+            engine.accumulate(row_batch(3, 2), torch.ones(3))
+
+
+@pytest.mark.slow
+def test_compiled_equals_the_float64_loop_and_repeats_itself():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 2, 1))
+    batch, weights = row_batch(4, 3), torch.ones(4)
+    middle = median_norm(network, row_loss, batch)
+    engine = make_engine("folded", network, row_loss, middle, 3, compiled=True)
+    first, second = engine.accumulate(batch, weights), engine.accumulate(batch, weights)
+    assert relative(first, reference(network, row_loss, batch, middle)) < 1e-5
+    assert torch.equal(first.vector, second.vector)
+    assert not any("forward" in vars(module) for module in network.modules())

@@ -90,13 +90,13 @@ def flat(network: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def train(size: int, num_steps: int = 4) -> list[Tensor]:
+def train(size: int, num_steps: int = 4, num_shares: int = 1) -> list[Tensor]:
     """Parameters on each worker after steps of 0, 5, 10, ... micro-batches: the first draw is empty."""
     group = Group(size)
 
     def worker(rank: int) -> Tensor:
         network = new_network()
-        optimizer = new_optimizer(network, group, rank)
+        optimizer = new_optimizer(network, group, rank, num_shares=num_shares)
         for step in range(num_steps):
             for unit in range(rank, 5 * step, size):
                 optimizer.accumulate(clipped(network, 100 * step + unit, count=3))
@@ -106,12 +106,54 @@ def train(size: int, num_steps: int = 4) -> list[Tensor]:
     return group.run(worker)
 
 
-def test_any_number_of_workers_gives_the_same_bits():
-    alone = train(1)[0]
+@pytest.mark.parametrize("num_shares", [1, 2, 5])
+def test_any_number_of_workers_gives_the_same_bits(num_shares):
+    alone = train(1, num_shares=num_shares)[0]
     assert not torch.equal(alone, flat(new_network()))
     for size in (2, 3):
-        for parameters in train(size):
+        for parameters in train(size, num_shares=num_shares):
             assert torch.equal(parameters, alone)
+
+
+def sent_by(size: int, num_shares: int) -> list[Tensor]:
+    """What each worker of an empty step gives to the reduction, in units of the noise's standard deviation."""
+    group, sent = Group(size), [torch.empty(0)] * size
+
+    def worker(rank: int) -> None:
+        def reduce(values: Tensor) -> None:
+            sent[rank] = values[:-4].double() / (SIGMA * 2.0**GRID_BITS)
+            add(values)
+
+        add = group.sum_integers(rank)
+        new_optimizer(new_network(300), group, rank, num_shares=num_shares, sum_integers=reduce).step_private(0, 0)
+
+    assert group.run(worker) == [None] * size
+    return sent
+
+
+def test_with_shares_for_all_every_worker_sends_a_noisy_sum():
+    """A share of four workers' has half the standard deviation; a right one fails five sigma once in a million keys."""
+    for part in sent_by(4, num_shares=4):
+        assert abs(float(part.std()) - 0.5) < 5 * 0.5 / np.sqrt(2 * len(part))
+    alone, *others = sent_by(4, num_shares=1)
+    assert abs(float(alone.std()) - 1) < 5 / np.sqrt(2 * len(alone))
+    assert all((part == 0).all() for part in others)
+
+
+def test_shares_are_independent_and_add_up_to_the_accounted_noise():
+    first, second, third = sent_by(3, num_shares=3)
+    for one, other in ((first, second), (second, third), (first, third)):
+        assert abs(float((one * other).mean())) < 5 / 3 / np.sqrt(len(one))
+    total = (first + second + third).numpy()
+    assert stats.kstest(total, "norm").pvalue > 1e-6
+    assert stats.kstest((first + 2 * second).numpy(), "norm").pvalue < 1e-6  # one share twice
+
+
+def test_shares_too_small_for_the_grid_are_refused():
+    with pytest.raises(ValueError, match="num_shares=0"):
+        new_optimizer(new_network(), Group(1), 0, num_shares=0)
+    with pytest.raises(ValueError, match="num_shares=2"):
+        new_optimizer(new_network(), Group(1), 0, num_shares=2, noise_multiplier=2.0**-11)
 
 
 def test_a_step_is_the_clipped_sum_and_one_noise_over_the_expected_batch():
@@ -210,9 +252,10 @@ def test_a_step_that_does_not_add_up_releases_nothing(size, spoil):
 
 
 def test_workers_that_disagree_on_the_step_release_nothing():
-    answers, unchanged = failing_step(2, lambda optimizer, rank: None, step_of=lambda rank: 5 + rank)
-    assert [type(answer) for answer in answers] == [RuntimeError] * 2
-    assert all(unchanged)
+    for steps in ((5, 6), (4, 5, 6)):  # the sum of the second is that of agreement on 5
+        answers, unchanged = failing_step(len(steps), lambda optimizer, rank: None, step_of=steps.__getitem__)
+        assert [type(answer) for answer in answers] == [RuntimeError] * len(steps)
+        assert all(unchanged)
 
 
 def test_a_step_that_adds_up_releases():

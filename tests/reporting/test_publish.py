@@ -4,12 +4,16 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from safetensors.numpy import save_file
+from PIL import Image
+from safetensors.numpy import load_file, save_file
 
+from e2h.config import NOT_PRIVATE, Config, PrivacyConfig, stamp
+from e2h.data.images import write_png
 from e2h.errors import InputError
 from e2h.reporting.check import check
 from e2h.reporting.publish import publish
@@ -126,6 +130,35 @@ def test_a_run_that_is_not_private_says_so_everywhere(make_run):
         assert "NOT PRIVATE" in (release / name).read_text()
     assert json.loads((release / "ledger.json").read_text())["not_private"] is True
     assert [problem for problem in check(release) if "NOT PRIVATE" in problem] == check(release) != []
+
+
+def stamp_table(release):
+    path = release / "data" / "part-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **stamp(published_secret())}), path)
+
+
+def stamp_weights(release):
+    path = release / "model.safetensors"
+    save_file(load_file(path), path, {"format": "pt", **stamp(published_secret())})
+
+
+def stamp_picture(release):
+    picture = np.asarray(Image.open(release / "grid.png"))
+    write_png(release / "grid.png", picture.reshape(*picture.shape[:2], -1), stamp(published_secret()))
+
+
+def published_secret() -> Config:
+    return Config(privacy=PrivacyConfig(test_mode=True))
+
+
+@pytest.mark.parametrize("spoil", [stamp_table, stamp_weights, stamp_picture])
+def test_one_file_of_a_run_that_is_not_private_spoils_a_release(make_run, spoil):
+    release = publish(make_run())
+    assert check(release) == []
+    spoil(release)
+    (problem,) = check(release)
+    assert problem.endswith(NOT_PRIVATE)
 
 
 def spoil_text(name, addition):

@@ -1,0 +1,203 @@
+"""Per-example gradients of single layers, with the sum over an example's noise draws inside.
+
+Rows are k-major (row = k * B + b), so that a view folds the examples into channel groups: the weight gradient of a
+grouped convolution (Rochette et al. 2019, arXiv 1912.06015) is then the gradient of all B examples with their K draws
+already summed.
+
+A layer hands its per-example gradients to autograd as the gradients of *taps*: dummy inputs [B, number of elements]
+that take no memory (stride 0) and part in no arithmetic. The backward pass has no side effects, so it can be compiled.
+
+One rule by the kind of layer, no measured choice: 1x1 convolutions are one batched product a draw, all others one
+grouped convolution. Over the shapes of the networks here it is within 2 % of the best of four kernels for each shape
+(docs/LOG.md), and a fixed rule is one thing less that a replay depends on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+Gradient = tuple[Tensor | None, ...]
+
+
+def sum_draws(x: Tensor, num_draws: int) -> Tensor:
+    """[K*B, D] -> float [B, D]; half precision is summed in float32."""
+    x = _wide(x)
+    return x.reshape(num_draws, -1, x.shape[-1]).sum(0) if num_draws > 1 else x
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _by_example(x: Tensor, num_draws: int) -> Tensor:
+    """[K*B, ..., D] -> [B, K * ..., D]: everything that belongs to one example in one matrix."""
+    num_examples = x.shape[0] // num_draws
+    draws = x.reshape(num_draws, num_examples, -1, x.shape[-1])
+    return draws.transpose(0, 1).reshape(num_examples, -1, x.shape[-1])
+
+
+def _outer_products(x: Tensor, grad: Tensor, num_draws: int) -> Tensor:
+    """x [K*B, ..., I], grad [K*B, ..., O] -> float [B, O * I], summed over all that belongs to an example."""
+    products = torch.bmm(_by_example(grad, num_draws).transpose(1, 2), _by_example(x, num_draws))
+    return _wide(products.flatten(1))
+
+
+def _pointwise_weight_gradient(x: Tensor, grad: Tensor, num_draws: int) -> Tensor:
+    """A 1x1 convolution is a linear layer on pixels. Draw by draw, which needs no copy in another order."""
+    xs, grads = (t.flatten(2).unflatten(0, (num_draws, -1)) for t in (x, grad))  # each [K, B, channels, pixels]
+    total = _wide(torch.bmm(grads[0], xs[0].transpose(1, 2)))
+    for k in range(1, num_draws):
+        total += torch.bmm(grads[k], xs[k].transpose(1, 2))
+    return total.flatten(1)
+
+
+def _grouped_weight_gradient(
+    x: Tensor, weight: Tensor, grad: Tensor, geometry: tuple[Any, ...], num_draws: int
+) -> Tensor:
+    num_examples = x.shape[0] // num_draws
+    shape = (num_examples * weight.shape[0], *weight.shape[1:])
+    folded_x = x.reshape(num_draws, num_examples * x.shape[1], *x.shape[2:])
+    folded_grad = grad.reshape(num_draws, num_examples * grad.shape[1], *grad.shape[2:])
+    stride, padding, dilation = geometry
+    gradient = conv2d_weight(folded_x, shape, folded_grad, stride, padding, dilation, num_examples)
+    return _wide(gradient.reshape(num_examples, -1))
+
+
+class Conv2dRule(torch.autograd.Function):
+    """Conv2d without groups, zero padding in numbers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_tap: Tensor,
+        bias_tap: Tensor | None,
+        module: nn.Conv2d,
+        num_draws: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.num_draws = (module.stride, module.padding, module.dilation), num_draws
+        ctx.has_bias = bias is not None
+        return functional.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *ctx.geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradient:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        num_draws = ctx.num_draws
+        if weight.shape[2:] == (1, 1) and ctx.geometry[:2] == ((1, 1), (0, 0)):
+            of_weight = _pointwise_weight_gradient(x, grad, num_draws)
+        else:
+            of_weight = _grouped_weight_gradient(x, weight, grad, ctx.geometry, num_draws)
+        of_bias = sum_draws(grad.flatten(2).sum(2), num_draws) if ctx.has_bias else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = conv2d_input(x.shape, weight.to(grad.dtype), grad, *ctx.geometry)
+        return of_x, None, None, of_weight, of_bias, None, None
+
+
+class LinearRule(torch.autograd.Function):
+    """Linear, on vectors or on sequences."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_tap: Tensor,
+        bias_tap: Tensor | None,
+        module: nn.Linear,
+        num_draws: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.num_draws, ctx.has_bias = num_draws, bias is not None
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradient:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        of_weight = _outer_products(x, grad, ctx.num_draws)
+        of_bias = _wide(_by_example(grad, ctx.num_draws)).sum(1) if ctx.has_bias else None
+        of_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_weight, of_bias, None, None
+
+
+class GroupNormRule(torch.autograd.Function):
+    """GroupNorm, in the type of its weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_tap: Tensor,
+        bias_tap: Tensor | None,
+        module: nn.GroupNorm,
+        num_draws: int,
+    ) -> Tensor:
+        x = x.contiguous()
+        num_rows, width = x.shape[:2]
+        pixels, groups = x.shape[2:].numel(), module.num_groups
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, num_rows, width, pixels, groups, module.eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.groups, ctx.num_draws, ctx.has_bias = groups, num_draws, bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradient:  # type: ignore[override]
+        x, weight, mean, rstd = ctx.saved_tensors
+        num_rows, width = x.shape[:2]
+        folded = (1, num_rows * width, x.shape[2:].numel())  # rows become channels: affine gradients, one a row
+        of_x, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
+            grad.contiguous().view(folded),
+            x.view(folded),
+            mean.view(1, -1),
+            rstd.view(1, -1),
+            weight.repeat(num_rows),
+            *folded,
+            num_rows * ctx.groups,
+            [ctx.needs_input_grad[0], True, True],
+        )
+        return (
+            of_x.view(x.shape) if ctx.needs_input_grad[0] else None,
+            None,
+            None,
+            sum_draws(of_weight.view(num_rows, width), ctx.num_draws),
+            sum_draws(of_bias.view(num_rows, width), ctx.num_draws) if ctx.has_bias else None,
+            None,
+            None,
+        )
+
+
+class EmbeddingRule(torch.autograd.Function):
+    """Embedding: a plain table."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: None,
+        weight_tap: Tensor,
+        bias_tap: None,
+        module: nn.Embedding,
+        num_draws: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.num_draws, ctx.num_entries = num_draws, weight.shape[0]
+        return functional.embedding(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradient:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        # One-hot rows instead of a scatter: deterministic on every device, and tables are small here.
+        one_hot = functional.one_hot(x, ctx.num_entries).to(grad.dtype)
+        return None, None, None, _outer_products(grad, one_hot, ctx.num_draws), None, None, None

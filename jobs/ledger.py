@@ -1,0 +1,59 @@
+"""Shows or checks a ledger: which releases were planned and charged, and whether anyone altered the record of it.
+
+python jobs/ledger.py show PATH      a table
+python jobs/ledger.py verify PATH    `ok: N records, head SHA`, or one line and exit code 3 (altered), 2 (none there)
+
+PATH is a run directory, a ledger file, or s3://bucket/prefix. Nothing is written, and Ray is not started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from e2h.curriculum.run import witness_path
+from e2h.errors import BudgetError, InputError
+from e2h.reporting.facts import read_config, read_json
+from e2h.reporting.spending import read, table, verify
+
+BAD_INPUT, NO_BUDGET = 2, 3
+
+
+def main(arguments: list[str]) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("show", "verify"))
+    parser.add_argument("path", metavar="PATH", help="a run directory, a ledger file, or s3://bucket/prefix")
+    given = parser.parse_args(arguments)
+    location, run = find(given.path)
+    chain = read(location, witness_path(run) if run else None)
+    if given.action == "show":
+        return "\n".join(table(chain))
+    return verify(chain, plan_of(run) if run else None)
+
+
+def find(given: str) -> tuple[str, Path | None]:
+    """Where the ledger lies, and the run directory it belongs to, where that can be told."""
+    if given.startswith("s3://"):
+        return given, None
+    path = Path(given).resolve()
+    if not path.is_dir():
+        return str(path), path.parent if path.name == "ledger.jsonl" else None
+    if not (path / "ledger.jsonl").exists() and (path / "config.yaml").exists():
+        settings = read_config(path).get("ledger") or {}
+        if settings.get("scope") == "run" and settings.get("path"):
+            return settings["path"], path
+    return str(path / "ledger.jsonl"), path
+
+
+def plan_of(run: Path) -> dict[str, Any] | None:
+    return read_json(run / "plan.json") if (run / "plan.json").exists() else None
+
+
+if __name__ == "__main__":
+    try:
+        print(main(sys.argv[1:]))
+    except (BudgetError, InputError) as error:
+        print(f"e2h: {error}", file=sys.stderr)
+        sys.exit(NO_BUDGET if isinstance(error, BudgetError) else BAD_INPUT)
