@@ -4,8 +4,8 @@
     python benchmarks/noise.py --quick   # the same with fewer rounds
 
 A logical step is the work units of the expected batch and then, once, the noise on every coordinate. Both are measured
-on one thread, in turn, in processor time; the step is the median unit times the number of units. `torch.randn`, which is
-not secure, is the scale on which to see what security costs.
+on one thread, in turn, in processor time; the step is the median unit times the number of units. `torch.randn`, not
+secure, is the scale on which to see what security costs.
 """
 
 from __future__ import annotations

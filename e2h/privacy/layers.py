@@ -8,8 +8,8 @@ A layer hands its per-example gradients to autograd as the gradients of *taps*: 
 that take no memory (stride 0) and part in no arithmetic. The backward pass has no side effects, so it can be compiled.
 
 One rule by the kind of layer, no measured choice: 1x1 convolutions are one batched product a draw, all others one
-grouped convolution. Over the shapes of the networks here it is within 2 % of the best of four kernels for each shape
-(docs/LOG.md), and a fixed rule is one thing less that a replay depends on.
+grouped convolution. On a CPU that costs a step 1 to 3 % beside the best of four kernels for each shape (docs/LOG.md),
+and it is one thing less that a replay depends on.
 """
 
 from __future__ import annotations
