@@ -145,7 +145,7 @@ class ScalingConfig:
     num_workers: int = 2
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
-    physical_batch_size: int = 64  # work unit, in images; the noise draws of an image stay together
+    physical_batch_size: int | None = None  # work unit, in images; none: what fits the memory, up to 64 (GPU 256)
     max_failures: int = 3  # restarts of the worker group
 
 
@@ -326,7 +326,9 @@ def _validate_outputs(config: Config) -> None:
     for name in config.evaluation.classifiers:
         _choice("evaluation.classifiers", name, ("logistic_regression", "mlp", "cnn"))
     _positive_int(config.evaluation, "evaluation", "cnn_epochs", "max_feature_records")
-    _positive_int(scaling, "scaling", "num_workers", "physical_batch_size")
+    _positive_int(scaling, "scaling", "num_workers")
+    if scaling.physical_batch_size is not None:
+        _positive_int(scaling, "scaling", "physical_batch_size")
     expect(scaling.max_failures >= 0, "scaling.max_failures", scaling.max_failures, "a whole number of at least 0")
     _positive(scaling, "scaling", "cpus_per_worker")
     expect(bool(config.run.storage), "run.storage", config.run.storage, "a folder")

@@ -95,7 +95,8 @@ class Mechanism:
         settings, recorder = self.settings, Recorder(self.network)
         optimizer = private_optimizer(recorder, settings, self.private, self.workers)
         selected = draw(self.private, step, records)
-        unit, seed = min(MAX_UNIT, self.subject.config.scaling.physical_batch_size), self.subject.config.seed
+        config = self.subject.config
+        unit, seed = min(MAX_UNIT, config.scaling.physical_batch_size or MAX_UNIT), config.seed
         units = sum_units(
             self.engine, optimizer, self.network, records, selected, settings, seed, step, unit, self.workers
         )

@@ -15,12 +15,14 @@ from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.finetune import PrivateRun, finetune
 from e2h.curriculum.machine import machine
 from e2h.curriculum.run import Run
+from e2h.curriculum.units import largest_that_fits, unit_size
 from e2h.curriculum.warmup import Report, warm_up
 from e2h.curriculum.workers import Workers
 from e2h.data.exports import read_hf_parquet
 from e2h.data.filesystem import write_bytes
 from e2h.data.storage import Prepared, map_split, open_prepared
 from e2h.diffusion.networks import UNet
+from e2h.errors import InputError
 from e2h.privacy.events import Release
 
 
@@ -53,18 +55,25 @@ def train(run: Run, release: Release, workers: Workers, report: Report, progress
             lambda step: progress("warmup", step),
         )
     start = saved[1]["start"] if saved else weights_digest(network)
-    ema = finetune(
-        network,
-        map_split(prepared, "train", run.prepared),
-        config.finetune,
-        private_run(run, release, prepared, workers, start),
-        config.seed,
-        config.scaling.physical_batch_size,
-        workers,
-        checkpoints,
-        report,
-        lambda step: progress("finetune", step),
-    )
+    unit = config.scaling.physical_batch_size or fitting_unit(run, network, workers)
+    try:
+        ema = finetune(
+            network,
+            map_split(prepared, "train", run.prepared),
+            config.finetune,
+            private_run(run, release, prepared, workers, start, unit),
+            config.seed,
+            unit,
+            workers,
+            checkpoints,
+            report,
+            lambda step: progress("finetune", step),
+        )
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"scaling.physical_batch_size={unit}: expected so many images to fit the memory, which others may use; "
+            "run the same command where more is free, or begin another run.name with a smaller size"
+        ) from error
     if workers.rank == 0:
         ema.copy_to(network)
         save_weights(run.weights, network, stamp(config))
@@ -83,14 +92,26 @@ def central_images(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return read_hf_parquet([run.central / "images.parquet"])
 
 
-def private_run(run: Run, release: Release, prepared: Prepared, workers: Workers, start: str) -> PrivateRun:
+def fitting_unit(run: Run, network: UNet, workers: Workers) -> int:
+    """The size of a work unit, chosen before the first private step and kept in the run (`e2h.curriculum.units`)."""
+    data, settings = run.config.data, run.config.finetune
+    network.to(workers.device).train()
+    return unit_size(
+        run.root / "units.json",
+        workers,
+        lambda: largest_that_fits(network, settings, data.image_size, data.channels, workers),
+    )
+
+
+def private_run(run: Run, release: Release, prepared: Prepared, workers: Workers, start: str, unit: int) -> PrivateRun:
     """Binds the stage to its secret, ledger and domain, the same on every worker.
 
     Args:
       start: digest of the weights before the first private step.
+      unit: size of a work unit, in images.
     """
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else workers.device.type
-    one = machine(device, torch.get_num_threads(), run.config.scaling.physical_batch_size)
+    one = machine(device, torch.get_num_threads(), unit)
     # The kinds of machine in the group, not their number: a unit's result depends on where it is computed.
     place = digest([start, workers.distinct(one)])
     domain = run.domain(release.event.to_json(), prepared.manifest.digest, place)

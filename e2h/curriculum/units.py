@@ -1,26 +1,25 @@
-"""The size of a work unit, found by measurement, so that nobody has to know what fits their memory.
+"""The size of a work unit, chosen by measured memory, so that nobody has to know what fits his machine.
 
 A unit's results depend on its size to the last bit, so the size is part of the domain of a private release
-(docs/guarantee.md, section 7). It is therefore measured once, before anything is charged, by rank 0, written to the
-run's folder, and read from there for every worker and after every restart. Measured are made-up images: the size tells
-nothing about the records.
+(docs/guarantee.md, section 7). It is therefore chosen once, before anything is charged, by rank 0, written to the run's
+folder, and read from there for every worker and after every restart. Two runs of one configuration choose the same size
+wherever memory is not short: time, which varies, does not count. Measured are made-up images: the size tells nothing
+about the records.
 
-Out of memory while measuring: the sizes below are what is chosen from. Out of memory later, in a paid step: the run
-stops. Going on with another size would be another domain, whose steps the budget doesn't pay for.
+Out of memory while measuring: a smaller size is taken. Out of memory later, in a paid step: the run stops. Going on
+with another size would be another domain, whose steps the budget doesn't pay for.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,25 +32,21 @@ from e2h.data.filesystem import write_bytes
 from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
-from e2h.privacy.dpsgd import Engine
 
-LARGEST = 1024
-GAIN = 0.03  # a size that is not this much faster an image than half of it ends the search
+LARGEST = {"cpu": 64, "cuda": 256}  # images; beyond, neither gets faster by much
 MEMORY_SHARE = 0.5  # of what is free now; the other half is for everything that comes later
 CONTROL_GROUPS = (  # versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 
-Measured = list[dict[str, Any]]
 
-
-def unit_size(path: Path, workers: Workers, measure: Callable[[], Measured], expected_batch_size: int) -> int:
-    """The size that was measured for this run, the same on every worker; rank 0 measures where none was.
+def unit_size(path: Path, workers: Workers, choose: Callable[[], int]) -> int:
+    """The size of this run's units, the same on every worker; rank 0 chooses where none was chosen.
 
     Args:
       path: JSON file of the run that keeps it.
-      measure: called on rank 0, at most once in the life of a run.
+      choose: called on rank 0, at most once in the life of a run.
 
     Raises:
       RuntimeError: on the other workers, if rank 0 failed; there, what it raised.
@@ -61,10 +56,7 @@ def unit_size(path: Path, workers: Workers, measure: Callable[[], Measured], exp
     if workers.rank == 0:
         try:
             if not path.exists():
-                found = measure()
-                chosen = fastest(found, expected_batch_size, workers.size)
-                content = {"physical_batch_size": chosen, "measured": found}
-                write_bytes(path, json.dumps(content, indent=2).encode())
+                write_bytes(path, json.dumps({"physical_batch_size": choose()}).encode())
             size[0] = json.loads(path.read_text())["physical_batch_size"]
         except Exception as error:
             failure = error
@@ -72,78 +64,70 @@ def unit_size(path: Path, workers: Workers, measure: Callable[[], Measured], exp
     if failure is not None:
         raise failure
     if int(size) < 1:
-        raise RuntimeError("the size of a work unit was not measured; rank 0 says why")
+        raise RuntimeError("the size of a work unit was not chosen; rank 0 says why")
     return int(size)
 
 
-def fastest(measured: Measured, expected_batch_size: int, num_workers: int) -> int:
-    """The size with the shortest logical step: units of the busiest worker, padding included, times a unit's time."""
+def largest_that_fits(network: UNet, settings: FinetuneConfig, image_size: int, channels: int, workers: Workers) -> int:
+    """The largest power of two of images whose private micro-batch fits the memory of one worker.
 
-    def step_seconds(row: dict[str, Any]) -> float:
-        num_units = math.ceil(expected_batch_size / row["size"])
-        return math.ceil(num_units / num_workers) * row["seconds"]
-
-    return min(measured, key=step_seconds)["size"]
-
-
-def measure_units(
-    network: UNet, settings: FinetuneConfig, image_size: int, channels: int, workers: Workers
-) -> Measured:
-    """Times private micro-batches of 1, 2, 4, ... made-up images, as far as memory and speed go.
+    Doubles the size while twice the memory that was used last is within `MEMORY_SHARE` of what was free.
 
     Args:
       network: on the workers' device; left as it is.
 
-    Returns:
-      A row a size: size, seconds, peak_mib.
-
     Raises:
       InputError: if not even one image fits.
     """
-    # Not compiled: that would be a compilation for each size, and needs no more memory.
-    engine = private_engine(network, micro_batch_loss, replace(settings, compile=False))
     limit = MEMORY_SHARE * free_bytes(workers.device) / (1 if workers.device.type == "cuda" else workers.size)
-    largest = min(LARGEST, math.ceil(settings.expected_batch_size / workers.size))
-    start, rows, size = peak_bytes(workers.device), [], 1
+    largest, size, fits = min(LARGEST[workers.device.type], settings.expected_batch_size), 1, 0
     while size <= largest:
         try:
-            seconds = _seconds(engine, network, settings, (size, image_size, image_size, channels), workers.device)
+            used = memory_of(partial(_micro_batch, network, settings, size, image_size, channels), workers.device)
         except torch.OutOfMemoryError:
             break
-        used = peak_bytes(workers.device) - start
-        rows.append({"size": size, "seconds": round(seconds, 6), "peak_mib": round(used / 2**20, 1)})
-        slower = len(rows) > 1 and seconds > (1 - GAIN) * 2 * rows[-2]["seconds"]
-        if slower or 2 * used > limit:
+        fits = size
+        if 2 * used > limit:
             break
         size *= 2
-    if not rows:
+    if fits == 0:
         raise InputError(
-            f"model.base_width={network.base_width}: expected one image with finetune.noise_multiplicity="
-            f"{settings.noise_multiplicity} to fit the memory; lower one of the two, or use a larger machine"
+            f"finetune.noise_multiplicity={settings.noise_multiplicity}: expected one image with so many noise draws "
+            "to fit the memory; lower it, choose a smaller model=, or use a larger machine"
         )
-    return rows
+    return fits
 
 
-def _seconds(
-    engine: Engine, network: UNet, settings: FinetuneConfig, shape: tuple[int, ...], device: torch.device
-) -> float:
-    """The shorter of two runs after one that warms up."""
-    images, labels = np.zeros(shape, dtype=np.uint8), np.zeros(shape[0], dtype=np.int64)
-    batch = make_batch(images, labels, list(range(shape[0])), settings.noise_multiplicity, 0.0, network.num_classes)
-    batch = {name: value.to(device) for name, value in batch.items()}
-    taken = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        engine.accumulate(batch, torch.ones(shape[0], device=device)).vector[0].item()  # waits for the device
-        taken.append(time.perf_counter() - begin)
-    return min(taken[1:])
+def _micro_batch(network: UNet, settings: FinetuneConfig, size: int, image_size: int, channels: int) -> None:
+    """One private micro-batch of black images."""
+    # Not compiled: that would be a compilation for each size, and needs no more memory.
+    engine = private_engine(network, micro_batch_loss, replace(settings, compile=False))
+    device = next(network.parameters()).device
+    images, labels = np.zeros((size, image_size, image_size, channels), np.uint8), np.zeros(size, np.int64)
+    batch = make_batch(images, labels, list(range(size)), settings.noise_multiplicity, 0.0, network.num_classes)
+    engine.accumulate({name: value.to(device) for name, value in batch.items()}, torch.ones(size, device=device))
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has used so far."""
+def memory_of(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `work` used at its height beyond those in use before."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the height is counted anew
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    """Bytes that this process has in memory (VmRSS) or had at most (VmHWM); without Linux always the latter."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -21,10 +21,12 @@ def secret(monkeypatch):
     monkeypatch.setenv("E2H_TEST_SECRET", bytes(range(32)).hex())
 
 
-def trained(storage: Path, kill_at: tuple[str, int] | None = None, central: bool = True) -> tuple[bytes, list, tuple]:
+def trained(
+    storage: Path, kill_at: tuple[str, int] | None = None, central: bool = True, unit: int | None = 8
+) -> tuple[bytes, list, tuple]:
     """The bytes of the weights, the steps that were made, and what the ledger charged."""
     config, made = small_config(storage), []
-    config.central.enabled = central
+    config.central.enabled, config.scaling.physical_batch_size = central, unit
 
     def progress(stage: str, step: int) -> None:
         made.append((stage, step))
@@ -113,3 +115,36 @@ def test_the_weights_load_and_are_the_average(tmp_path):
 def test_a_run_that_was_not_prepared_is_refused(tmp_path):
     with open_run(small_config(tmp_path)) as run, pytest.raises(InputError, match="expected a prepared set"):
         train(run, None, Workers.current(), lambda *_: None, lambda *_: None)
+
+
+def test_a_chosen_unit_is_kept_through_a_kill_and_belongs_to_the_run(uninterrupted, tmp_path, monkeypatch):
+    def choose(size):
+        monkeypatch.setattr("e2h.curriculum.train.largest_that_fits", lambda *_: size)
+
+    choose(8)
+    with pytest.raises(Killed):
+        trained(tmp_path, ("finetune", 3), unit=None)
+    choose(4)  # another time the memory might be short
+    weights, made, _ = trained(tmp_path, unit=None)
+    assert weights == uninterrupted[0]  # which was told to take 8
+    assert made == STEPS[8:]
+
+
+def test_a_lost_choice_that_comes_out_otherwise_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("e2h.curriculum.train.largest_that_fits", lambda *_: 8)
+    with pytest.raises(Killed):
+        trained(tmp_path, ("finetune", 3), unit=None)
+    for path in tmp_path.rglob("units.json"):
+        path.unlink()
+    monkeypatch.setattr("e2h.curriculum.train.largest_that_fits", lambda *_: 4)
+    with pytest.raises(BudgetError, match="not in the ledger under this"):
+        trained(tmp_path, unit=None)
+
+
+def test_out_of_memory_in_mid_training_is_one_line_that_names_the_unit(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("e2h.curriculum.train.finetune", full)
+    with pytest.raises(InputError, match=r"scaling\.physical_batch_size=8: expected so many images to fit"):
+        trained(tmp_path)

@@ -25,7 +25,7 @@ SHARED = (*SMALL, "ledger.scope=dataset", "ledger.epsilon=1.2")
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_run_that_fits_is_planned_and_one_that_does_not_is_refused(run_job: Job, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for _ in range(2):  # the second call resumes: it holds nothing more
@@ -50,7 +50,7 @@ def test_a_second_run_that_fits_is_planned_and_one_that_does_not_is_refused(run_
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_ledger_is_a_bucket_trains_and_verifies(run_job: Job, tmp_path: Path) -> None:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
