@@ -8,10 +8,10 @@ import warnings
 
 import numpy as np
 import torch
-from opacus.grad_sample import GradSampleModule
 from sklearn.datasets import load_digits
 
 from e2h.privacy.accounting import epsilon
+from e2h.privacy.dpsgd import grad_sample_module
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.keys import derive_key
 from e2h.privacy.optimizer import SecureDPOptimizer
@@ -23,7 +23,7 @@ images, labels, ids = torch.tensor(pixels / 16).float(), torch.tensor(digits), n
 event = PoissonSampledGaussian(sampling_prob=0.1, noise_multiplier=1.5, count=100)
 secret = secrets.token_bytes(32)  # whoever has it can subtract the noise
 
-network = GradSampleModule(torch.nn.Linear(64, 10))
+network = grad_sample_module(torch.nn.Linear(64, 10))
 optimizer = SecureDPOptimizer(
     torch.optim.SGD(network.parameters(), lr=1.0),
     noise_multiplier=event.noise_multiplier,
@@ -33,7 +33,7 @@ optimizer = SecureDPOptimizer(
 )
 for step in range(event.count):
     drawn = poisson_mask(derive_key(secret, "sampling"), step, ids, event.sampling_prob)
-    optimizer.zero_grad()
+    optimizer.begin_step(int(drawn.sum()))
     torch.nn.functional.cross_entropy(network(images[drawn]), labels[drawn]).backward()
     optimizer.step()
 

@@ -117,7 +117,7 @@ def pay(private: PrivateRun, step: int, block: int, workers: Workers) -> int:
     if failure is not None:
         raise failure
     if int(paid) <= step:
-        raise BudgetError(f"step {step} was not paid for; the ledger's writer says why")
+        raise RuntimeError(f"step {step} was not paid for; the ledger's writer says why")
     return int(paid)
 
 

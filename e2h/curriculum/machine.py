@@ -5,17 +5,22 @@ A replay is free only where it gives the same bits; on another kind of machine i
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 from e2h.config import digest
 
+# Choose other kernels, hence other last bits.
+SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+
 
 def machine(*also: object) -> str:
     """Digest of the processor, the numerical libraries, and whatever else is given."""
     libraries = [version(name) for name in ("torch", "numpy", "opacus")]
-    return digest([_processor(), *libraries, *(str(one) for one in also)])
+    switches = [os.environ.get(name, "") for name in SWITCHES]
+    return digest([_processor(), *switches, *libraries, *(str(one) for one in also)])
 
 
 def _processor() -> list[str]:

@@ -104,7 +104,7 @@ class Run:
         shared = self.dataset_ledger
         if shared is None:
             return plan
-        return replace(plan, shared=shared.check(self.ledger.state().identity, self.root.name, plan.releases))
+        return replace(plan, shared=shared.check(self._holder(), self.root.name, plan.releases))
 
     def open_budget(self, budget: Budget) -> None:
         """Opens the run's budget, and holds all of it in the data set's; spends nothing, and twice is once.
@@ -117,7 +117,15 @@ class Run:
         ledger, shared = self.ledger, self.dataset_ledger
         ledger.open(budget, lambda releases, delta: epsilon(releases, delta).epsilon)
         if shared is not None:
-            shared.hold(ledger.state().identity, self.root.name, budget.planned)
+            shared.hold(self._holder(), self.root.name, budget.planned)
+
+    def _holder(self) -> str:
+        """Names this run's ledger and secret to the data set's ledger; empty before the ledger is opened.
+
+        A copy of the run directory has another secret, so its noise is its own, and it holds for itself.
+        """
+        identity = self.ledger.state().identity
+        return derive_key(self.secret(), "hold", identity).hex() if identity else ""
 
     @property
     def secret_reference(self) -> str:

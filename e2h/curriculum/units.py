@@ -84,7 +84,11 @@ def largest_that_fits(network: UNet, settings: FinetuneConfig, image_size: int, 
     while size <= largest:
         try:
             used = memory_of(partial(_micro_batch, network, settings, size, image_size, channels), workers.device)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
+            break
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):  # what torch says on a CPU
+                raise
             break
         fits = size
         if 2 * used > limit:

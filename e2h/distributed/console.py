@@ -82,7 +82,7 @@ class _Status:
         return f"{stage:<10} step {step}/{total} {step / total:.0%}{spent} {rate * self.batch[stage]:.0f} img/s {left}"
 
     def _epsilon(self, step: int) -> float:
-        # The next point of the schedule: never below what has been charged.
+        # The next point of the schedule: never below what the steps done have cost.
         return next((epsilon for paid, epsilon in self.schedule if paid >= step), self.schedule[-1][1])
 
     def _show(self, line: str) -> None:

@@ -34,6 +34,7 @@ from e2h.evaluation.evaluate import evaluate as measure
 from e2h.privacy.accounting import epsilon
 from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan, make_plan, read_plan
+from e2h.reporting.facts import read_json
 from e2h.reporting.metrics import MetricWriter
 from e2h.reporting.publish import publish as build_release
 from e2h.reporting.report import write_report
@@ -78,7 +79,7 @@ def _read_or_make_plan(run: Run, prepared: Prepared) -> tuple[PrivacyPlan, dict[
     if run.ledger.budget() is None or not path.exists():
         made = run.shared_plan(make_plan(run.config, facts.num_listed_train, facts.class_names))
         write_bytes(path, json.dumps(made.to_json(), indent=2).encode())
-    content = json.loads(path.read_text())
+    content = read_json(path)
     plan = read_plan(content)
     public = (plan.num_records, plan.class_names, plan.not_private)
     if public != (facts.num_listed_train, facts.class_names, run.config.privacy.test_mode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,19 @@ def train_on_workers(run: Run, release: Release) -> None:
     try:
         trainer.fit()
     except Exception as error:
+        _raise_noted(note)
         _raise_refusal(error)
         raise
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+    _raise_noted(note)
+
+
+def _raise_noted(note: Path) -> None:
     if note.exists():
         refused = json.loads(note.read_text())
         note.unlink()
-        raise {"budget": BudgetError, "input": InputError}[refused["kind"]](refused["message"])
+        raise {"budget": BudgetError, "input": InputError}[refused["kind"]](refused["message"]) from None
 
 
 def _scaling(run: Run) -> ScalingConfig:
@@ -91,16 +97,14 @@ def _worker(config: dict[str, Any]) -> None:
             metrics.scalar if metrics else lambda name, value, step: None,
             progress.update if progress else lambda stage, step: None,
         )
-    except (BudgetError, InputError) as error:
-        kind = "budget" if isinstance(error, BudgetError) else "input"
-        if workers.rank == 0 or not note.exists():
-            write_bytes(note, json.dumps({"kind": kind, "message": str(error)}).encode())
+    except Exception as error:
+        kind, message = ("budget", one) if (one := budget_refusal(error)) else ("input", refusal(error))
+        if message is None:
+            raise
+        with suppress(OSError):  # on a full disk the error itself must do
+            write_bytes(note, json.dumps({"kind": kind, "message": message}).encode())
         # Raised, so that workers who wait for this one in a reduction are stopped by Ray.
-        raise
-    except OSError as error:
-        if message := refusal(error):
-            raise InputError(message) from error
-        raise
+        raise (BudgetError if kind == "budget" else InputError)(message) from error
     finally:
         if metrics:
             metrics.close()

@@ -115,7 +115,7 @@ class Chain:
             return None
         try:
             length, head = json.loads(self.witness.read_text())
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise BudgetError(f"{self.witness}: expected the ledger's length and head; remove it") from error
         return length, head
 

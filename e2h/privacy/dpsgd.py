@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,16 +44,29 @@ def _loop(network: nn.Module, loss_fn: LossFunction, num_draws: int, batch: Batc
     return [torch.stack(column).flatten(1) for column in zip(*rows, strict=True)], torch.cat(losses)
 
 
-def _opacus(network: nn.Module, loss_fn: LossFunction, num_draws: int, batch: Batch, num_examples: int) -> Gradients:
-    """Opacus' per-row gradients, summed over the draws of an example (the loss holds the 1/K of the mean)."""
-    from opacus.grad_sample import GradSampleModule
+def grad_sample_module(network: nn.Module, loss_reduction: str = "mean") -> Any:
+    """Opacus' `GradSampleModule` of a network that its `ModuleValidator` accepts.
 
-    # On a copy: an interrupted pass leaves no hooks, activations or gradients behind.
-    wrapped = GradSampleModule(copy.deepcopy(network).train(), loss_reduction="sum")
+    Raises:
+      InputError: if it does not: a layer mixes examples, or is unknown.
+    """
+    from opacus.grad_sample import GradSampleModule
+    from opacus.validators import ModuleValidator
+
+    if problems := ModuleValidator.validate(network, strict=False):
+        raise InputError(f"network={type(network).__name__}: expected layers that Opacus accepts ({problems[0]})")
+    wrapped = GradSampleModule(network, loss_reduction=loss_reduction)
     for module in wrapped.modules():
         if isinstance(module, nn.Conv2d):
             # Opacus 1.6 unfolds strided activations wrongly: gradients that are not the example's, so no clip at all.
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    return wrapped
+
+
+def _opacus(network: nn.Module, loss_fn: LossFunction, num_draws: int, batch: Batch, num_examples: int) -> Gradients:
+    """Opacus' per-row gradients, summed over the draws of an example (the loss holds the 1/K of the mean)."""
+    # On a copy: an interrupted pass leaves no hooks, activations or gradients behind.
+    wrapped = grad_sample_module(copy.deepcopy(network).train(), "sum")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         losses = loss_fn(wrapped, batch)

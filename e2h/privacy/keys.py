@@ -72,8 +72,12 @@ def load_secret(reference: str) -> bytes:
 
 
 def _read_owner_only(reference: str, path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"privacy.secret={reference}: expected a file with 64 hex digits; it does not exist")
+    try:
+        if not path.is_file():
+            raise InputError(f"privacy.secret={reference}: expected a file with 64 hex digits; it does not exist")
+        path.read_bytes()
+    except OSError as error:
+        raise InputError(f"privacy.secret={reference}: expected a file that you may read ({error.strerror})") from error
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise InputError(f"privacy.secret={reference}: expected a file that only its owner may read; chmod 600 it")
     return path.read_text(errors="replace")

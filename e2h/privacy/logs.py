@@ -5,6 +5,7 @@ Both let exactly one of several writers append at a position, and return only wh
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -62,7 +63,9 @@ class FileLog:
     def _opened(self, flags: int, mode: str) -> Iterator[IO[bytes]]:
         try:
             descriptor = os.open(self.path, flags, 0o600)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise InputError(
                 f"ledger {self.path}: expected a file in a folder that exists and may be written ({error.strerror})"
             ) from error

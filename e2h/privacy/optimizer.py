@@ -4,8 +4,8 @@ Workers add clipped sums as integers on a common grid; the addressed noise enter
 without noise exists on no machine of several. Integer addition is associative: the step is bit-identical for any
 number of workers. Counters travel in the same reduction, and a mismatch stops the step before anything is released.
 
-It also serves in an ordinary Opacus script, in place of `DPOptimizer` over a `GradSampleModule`: see
-docs/opacus_example.py.
+It also serves in an ordinary Opacus script, in place of `DPOptimizer`: see docs/opacus_example.py. There every logical
+step begins with `begin_step`, which forgets what an interrupted one left behind.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor
 
-from e2h.privacy.dpsgd import GRID_BITS, ClippedSum, clip_and_sum
+from e2h.privacy.clipped_sum import GRID_BITS, ClippedSum, check_clipping, clip_and_sum
 from e2h.privacy.noise import gaussian_noise
 
 
@@ -61,12 +62,19 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size,
         )
+        check_clipping("flat", max_grad_norm, 1.0)
+        if not 0 < noise_multiplier < float("inf"):
+            raise ValueError(f"noise_multiplier={noise_multiplier}: expected a finite number above 0")
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != num_workers:
+            # Each would release its own sum under the same noise.
+            raise ValueError(f"num_workers={num_workers}: expected the {dist.get_world_size()} of this process group")
         if num_shares != 1 and not (num_shares > 1 and noise_multiplier * 2.0**GRID_BITS > 2.0**20 * num_shares**0.5):
             raise ValueError(f"num_shares={num_shares}: expected 1, or as many as leave 2^20 grid steps to a share")
         self._noise_key, self._sum_integers = noise_key, sum_integers
         self._rank, self._num_workers, self._num_shares = rank, num_workers, num_shares
         self._num_coordinates = sum(p.numel() for p in self.params)
         self._steps_done = 0
+        self._expected_examples: int | None = None
         self._forget()
 
     def accumulate(self, clipped: ClippedSum) -> None:
@@ -82,13 +90,26 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
           num_examples: how many records the global draw selected; checked, then forgotten.
 
         Raises:
-          RuntimeError: if examples were lost or doubled, noise did not enter exactly once, or workers disagree on the
-            step. Nothing is updated then.
+          RuntimeError: if the step was made before, examples were lost or doubled, noise did not enter exactly once, or
+            workers disagree on the step. Nothing is updated then.
         """
-        self._reduce(step, num_examples)
+        self._expected_examples = num_examples
+        self._reduce(step)
         self._write_gradients()
         self.original_optimizer.step()
         self.zero_grad()
+
+    def begin_step(self, num_examples: int) -> None:
+        """Opens a logical step of an Opacus script: nothing that an interrupted one accumulated gets into it.
+
+        Args:
+          num_examples: how many records the step's draw selected, over all workers and physical batches; checked before
+            the release, then forgotten.
+        """
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+        self.zero_grad()
+        self._expected_examples = num_examples
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets gradients, and what was accumulated unless Opacus' last `step` only accumulated."""
@@ -108,8 +129,7 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Opacus' second part: the reduction over workers with noise, once. Steps are numbered from the first on."""
-        self._reduce(self._steps_done, None)
-        self._steps_done += 1
+        self._reduce(self._steps_done)
 
     def scale_grad(self) -> None:
         """Opacus' last part: gradients over the expected batch, and over backward passes that were accumulated."""
@@ -121,7 +141,7 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
         return {**super().state_dict(), "steps_done": self._steps_done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with the step after those done.
+        """Continues with the step after those done; draw its records by the number of that step, too.
 
         Raises:
           KeyError: if the number of steps is missing: beginning at 0 again would draw the same noise twice.
@@ -134,9 +154,15 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
         # Layout: clipped sum | examples | noise shares | step number + 1 | its square.
         self._totals = torch.zeros(self._num_coordinates + 4, dtype=torch.int64, device=self.params[0].device)
 
-    def _reduce(self, step: int, num_examples: int | None) -> None:
+    def _reduce(self, step: int) -> None:
         """Sums over workers with noise; raises, and forgets, if the counters don't add up."""
-        size = self._num_coordinates
+        size, examples = self._num_coordinates, self._expected_examples
+        if examples is None:
+            raise RuntimeError(f"step {step}: expected begin_step(num_examples) before it; nothing was released")
+        if step < self._steps_done:
+            raise RuntimeError(
+                f"step {step}: was made before, and its noise must not serve twice; nothing was released"
+            )
         for share in range(self._rank, self._num_shares, self._num_workers):
             self._totals[:size] += self._noise(step, share)
             self._totals[size + 1] += 1
@@ -145,13 +171,13 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
         self._sum_integers(self._totals)
         counters = self._totals[size:].tolist()
         # A sum of numbers and that of their squares agree with one number only if all are that number.
-        examples = counters[0] if num_examples is None else num_examples
         workers = self._num_workers
         expected = [examples, self._num_shares, workers * (step + 1), workers * (step + 1) ** 2]
         if counters != expected:
             self._is_last_step_skipped = False
             self.zero_grad()
             raise RuntimeError(f"step {step}: counters {counters}, expected {expected}; nothing was released")
+        self._steps_done, self._expected_examples = step + 1, None
 
     def _noise(self, step: int, share: int) -> Tensor:
         # In grid steps the sensitivity is 2^GRID_BITS, so all shares make noise_multiplier * max_grad_norm.

@@ -93,8 +93,8 @@ class PrivacyPlan:
         held = math.ceil(shared.epsilon_held * 1e4 * (1 - 1e-12)) / 1e4  # printed, it must not understate
         return (
             f"All runs that are charged to the budget of data set {shared.name}, later ones included, are together "
-            f"({shared.epsilon:g}, {self.delta:g})-differentially private; with this run, {shared.num_runs} of them "
-            f"hold epsilon {held:g}."
+            f"({shared.epsilon:g}, {self.delta:g})-differentially private; when this one was planned, "
+            f"{shared.num_runs} of them, itself included, held epsilon {held:g}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def code_digest() -> str:
     root = Path(e2h.__file__).parent
     digest = hashlib.sha256(e2h.__version__.encode())
     paths = [root / "config.py"]
-    for package in ("privacy", "diffusion", "curriculum", "data"):
+    for package in ("privacy", "diffusion", "curriculum", "data", "distributed"):
         paths += sorted((root / package).glob("*.py"))
     for path in paths:
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

@@ -91,7 +91,7 @@ def test_a_plan_says_what_all_runs_hold_and_looking_writes_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     said = [line for line in shared.statement() if "data set digits" in line]
     assert len(said) == 1
-    assert f"together ({limit:g}, 0.0001)-differentially private; with this run, 2 of them hold epsilon" in said[0]
+    assert f"together ({limit:g}, 0.0001)-differentially private; when this one was planned, 2 of them," in said[0]
     assert read_plan(shared.to_json()).shared == shared.shared
     assert "shared" not in plan.to_json()
     assert Run(tmp_path / "x", settings(tmp_path)).shared_plan(plan) is plan
