@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -174,8 +174,9 @@ def command(folder: Path, with_ray: bool) -> list[str]:
 def start(folder: Path, with_ray: bool, secret: str) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "E2H_CHAOS_SECRET": secret, "OMP_NUM_THREADS": "1"}
-    log = open(folder / "log.txt", "ab")  # noqa: SIM115 - the child owns it
-    return subprocess.Popen(command(folder, with_ray), env=environment, stdout=log, stderr=log, start_new_session=True)
+    line = command(folder, with_ray)
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(line, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def workers_of(driver: int) -> list[int]:
@@ -196,10 +197,8 @@ def kill(process: subprocess.Popen[bytes], chance: random.Random) -> None:
         os.kill(chance.choice(found), signal.SIGKILL)
         return
     for pid in [process.pid, *found]:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def disturbed_run(
@@ -219,8 +218,7 @@ def disturbed_run(
                 # Ray replaces a worker by itself; without it, and without its driver, the command is given again.
                 if not with_ray or process.poll() is not None:
                     break
-        process.wait(600)
-        if process.returncode == 0:
+        if process.wait(600) == 0:
             return done
 
 
@@ -231,7 +229,7 @@ def inspect(folder: Path, reference: Path, outcome: Outcome) -> None:
     budget, charged = run.ledger.budget(), run.ledger.charged()
     if budget is None or epsilon(charged, budget.delta).epsilon > budget.epsilon:
         outcome.problems.append(f"{folder.name}: epsilon above the target: {charged}")
-    if budget is not None and set(charged) != set(budget.planned):
+    elif set(charged) != set(budget.planned):
         outcome.problems.append(f"{folder.name}: charged {charged}, planned {budget.planned}")
     if (root / "checkpoints/model.safetensors").read_bytes() != (whole / "checkpoints/model.safetensors").read_bytes():
         outcome.problems.append(f"{folder.name}: weights differ from those of the undisturbed run")
@@ -255,7 +253,7 @@ def releases(root: Path) -> list[tuple[str, tuple[str, bool]]]:
     return found
 
 
-def chaos(folder: Path, kills: int, with_ray: bool, seed: int, say: Callable[[str], None]) -> Outcome:
+def chaos(folder: Path, kills: int, with_ray: bool, seed: int) -> Outcome:
     secret, chance, outcome = os.urandom(32).hex(), random.Random(seed), Outcome()
     reference, begun = folder / "undisturbed", time.monotonic()
     if start(reference, with_ray, secret).wait(600) != 0:
@@ -264,11 +262,13 @@ def chaos(folder: Path, kills: int, with_ray: bool, seed: int, say: Callable[[st
         outcome.problems.append("undisturbed: a release was not paid when it was made")
     whole_s = time.monotonic() - begun
     while outcome.kills < kills:
-        place = folder / f"disturbed-{outcome.runs}"
-        outcome.kills += disturbed_run(place, with_ray, secret, chance, kills - outcome.kills, whole_s)
-        outcome.runs += 1
+        place, begun = folder / f"disturbed-{outcome.runs}", time.monotonic()
+        found = disturbed_run(place, with_ray, secret, chance, kills - outcome.kills, whole_s)
+        if found == 0:  # it ended before its kill
+            whole_s = min(whole_s, time.monotonic() - begun)
+        outcome.kills, outcome.runs = outcome.kills + found, outcome.runs + 1
         inspect(place, reference, outcome)
-        say(f"{outcome.kills} kills, {outcome.runs} runs, {len(outcome.problems)} problems")
+        print(f"{outcome.kills} kills, {outcome.runs} runs, {len(outcome.problems)} problems")
     return outcome
 
 
@@ -286,7 +286,7 @@ def main() -> None:
         return
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = chaos(Path(folder), 5 if options.quick else options.kills, options.ray, options.seed, print)
+        outcome = chaos(Path(folder), 5 if options.quick else options.kills, options.ray, options.seed)
     for problem in outcome.problems:
         print(problem)
     verdict = "nothing unpaid, nothing released twice" if not outcome.problems else "FAILED"
