@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from e2h.config import ModelConfig
 from e2h.diffusion.losses import draw_noise_levels, micro_batch_loss
 from e2h.diffusion.networks import UNet
-from e2h.privacy.dpsgd import clip_and_sum, make_engine
+from e2h.privacy.dpsgd import clip_and_sum, grad_sample_module, make_engine
 
 PRESETS = Path(__file__).resolve().parents[2] / "e2h" / "conf" / "model"
 APPROACHES = ("plain", "folded", "opacus_hooks", "opacus_ghost", "vmap", "loop")
@@ -74,13 +74,9 @@ def e2h_engine(name: str) -> Callable[[UNet, dict[str, Tensor], int, argparse.Na
 
 def opacus_hooks(network: UNet, batch: dict[str, Tensor], num_draws: int, options: argparse.Namespace) -> Step:
     """Opacus' per-row gradients, averaged over an image's draws, then clipped and added up by Opacus' optimiser."""
-    from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
-    wrapped = GradSampleModule(network.train(), loss_reduction="sum")
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):  # Opacus 1.6 is wrong on strided activations
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    wrapped = grad_sample_module(network.train(), "sum")
     optimizer = DPOptimizer(
         torch.optim.SGD(network.parameters(), lr=0.0),
         noise_multiplier=0.0,

@@ -71,10 +71,7 @@ def epsilon_rdp(releases: Sequence[Release], delta: float) -> float:
 
 def epsilon(releases: Sequence[Release], delta: float) -> Bound:
     """Epsilon of all `releases` together at `delta`, by both accountants."""
-    charged = [release for release in releases if release.event.count > 0]
-    if not charged:
-        return Bound(0.0, 0.0)
-    return Bound(epsilon_pld(charged, delta), epsilon_rdp(charged, delta))
+    return Bound(epsilon_pld(releases, delta), epsilon_rdp(releases, delta))
 
 
 def calibrate(

@@ -148,8 +148,7 @@ def composed(held: Holds, delta: float) -> float:
 
 @functools.lru_cache(maxsize=8)
 def _composed(releases: tuple[Release, ...], delta: float) -> float:
-    charged = [release for release in releases if release.event.count > 0]
-    return epsilon_pld(charged, delta) if charged else 0.0
+    return epsilon_pld(releases, delta)
 
 
 def _left(held: float, target: float, delta: float) -> float:

@@ -57,5 +57,6 @@ class Release:
 
 
 def compose(releases: Iterable[Release]) -> dp_accounting.DpEvent:
-    """Sequential composition of all releases."""
-    return dp_accounting.ComposedDpEvent([release.event.dp_event() for release in releases])
+    """Sequential composition of all releases; those of no rounds are left out, which accountants don't take."""
+    events = [release.event.dp_event() for release in releases if release.event.count > 0]
+    return dp_accounting.ComposedDpEvent(events) if events else dp_accounting.NoOpDpEvent()

@@ -62,7 +62,7 @@ def verify(chain: Chain, plan: dict[str, Any] | None) -> str:
         budget = _opened(replay(records, location))
         if plan is not None and _planned(plan) != (*_numbers(budget), budget.planned):
             raise BudgetError(f"{location}: expected the plan with which it was opened in plan.json, found another")
-        _check_cost(location, _cost(budget.planned, budget.delta), budget.epsilon)
+        _check_cost(location, epsilon_pld(budget.planned, budget.delta), budget.epsilon)
     length, head = chain.head()
     return f"ok: {length} records, head {head}"
 
@@ -91,14 +91,9 @@ def _check_cost(location: str, cost: float, epsilon: float) -> None:
         raise BudgetError(f"{location}: expected plans of at most epsilon {epsilon:g}, found {cost:.6g}")
 
 
-def _cost(releases: Sequence[Release], delta: float) -> float:
-    charged = [release for release in releases if release.event.count > 0]
-    return epsilon_pld(charged, delta) if charged else 0.0
-
-
 def _run_lines(state: State, records: Sequence[Record]) -> list[str]:
     budget = _opened(state)
-    spent, planned = (_cost(releases, budget.delta) for releases in (state.charged(), budget.planned))
+    spent, planned = (epsilon_pld(releases, budget.delta) for releases in (state.charged(), budget.planned))
     found = [
         f"budget     epsilon {budget.epsilon:g} at delta {budget.delta:g}, {budget.neighbouring_relation}",
         f"epsilon    {spent:.4f} spent of {planned:.4f} planned",
@@ -124,7 +119,7 @@ def _dataset_lines(records: Sequence[Record], location: str) -> list[str]:
         f"{'held':<24}{'epsilon alone':>14}  run",
     ]
     for record, planned in zip(records[1:], held.values(), strict=True):
-        found.append(f"{_when(record['time']):<24}{_cost(planned, opened['delta']):>14.4f}  {record['run']}")
+        found.append(f"{_when(record['time']):<24}{epsilon_pld(planned, opened['delta']):>14.4f}  {record['run']}")
     return found
 
 

@@ -98,12 +98,12 @@ def same_masks(patch: Patch) -> None:
     patch.setattr(finetune_module, "poisson_mask", by_place)
 
 
+def by_place(key, step, record_ids, sampling_prob):
+    return poisson_mask(key, step, np.arange(len(record_ids)), sampling_prob)
+
+
 def masks_by_place(patch: Patch) -> None:
     """A record's coin follows its place: without it, the others' coins move up."""
-
-    def by_place(key, step, record_ids, sampling_prob):
-        return poisson_mask(key, step, np.arange(len(record_ids)), sampling_prob)
-
     patch.setattr(finetune_module, "poisson_mask", by_place)
 
 
@@ -133,10 +133,6 @@ def realised_count_of_images(patch: Patch) -> None:
 
 def same_masks_of_images(patch: Patch) -> None:
     """Coins by the place in a block."""
-
-    def by_place(key, step, record_ids, sampling_prob):
-        return poisson_mask(key, step, np.arange(len(record_ids)), sampling_prob)
-
     patch.setattr(central_module, "poisson_mask", by_place)
 
 
