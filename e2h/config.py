@@ -56,7 +56,7 @@ class PrivacyConfig:
 
     epsilon: float = 10.0
     delta: float = 1e-4
-    secret: str | None = None  # file:PATH or env:NAME of the master secret; none: a 0600 file beside the run
+    secret: str | None = None  # file:PATH, env:NAME or s3://... of the master secret; none: a file beside the run
     test_mode: bool = False  # fixed public secret: reproducible and NOT PRIVATE, stamped on every artefact
     noise_shares: int = 1  # parts of a step's noise, dealt to the workers; as many as workers: no sum is bare
 
@@ -243,7 +243,8 @@ def _validate_privacy(privacy: PrivacyConfig) -> None:
     expect(privacy.noise_shares <= 1024, "privacy.noise_shares", privacy.noise_shares, "1 to 1024, e.g. one a worker")
     if privacy.secret is not None:
         scheme, _, rest = privacy.secret.partition(":")
-        expect(scheme in ("file", "env") and bool(rest), "privacy.secret", "...", "file:PATH or env:NAME")
+        places = scheme in ("file", "env") or privacy.secret.startswith("s3://")
+        expect(places and bool(rest), "privacy.secret", "...", "file:PATH, env:NAME or s3://bucket/key")
 
 
 def _validate_ledger(config: Config) -> None:

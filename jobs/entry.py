@@ -75,7 +75,7 @@ def _run(config: Config, stages: Callable[[Run], None]) -> int:
         dry_run(config, run_root(config))
         return DONE
     preflight(config)
-    with open_run(config) as run, session(config.scaling, run.root / "ray.log"):
+    with open_run(config) as run, session(config.scaling, run.scratch / "ray.log"):
         stages(run)
     return DONE
 

@@ -3,7 +3,7 @@
 python jobs/ledger.py show PATH      a table
 python jobs/ledger.py verify PATH    `ok: N records, head SHA`, or one line and exit code 3 (altered), 2 (none there)
 
-PATH is a run directory, a ledger file, or s3://bucket/prefix. Nothing is written, and Ray is not started.
+PATH is a run directory or a ledger, local or as s3://bucket/prefix. Nothing is written, and Ray is not started.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from e2h.curriculum.run import witness_path
+from e2h.data.remote import Place, place
 from e2h.errors import BudgetError, InputError
 from e2h.reporting.facts import read_config, read_json
 from e2h.reporting.spending import read, table, verify
@@ -33,21 +34,18 @@ def main(arguments: list[str]) -> str:
     return verify(chain, plan_of(run) if run else None)
 
 
-def find(given: str) -> tuple[str, Path | None]:
+def find(given: str) -> tuple[str, Place | None]:
     """Where the ledger lies, and the run directory it belongs to, where that can be told."""
-    if given.startswith("s3://"):
-        return given, None
-    path = Path(given).resolve()
-    if not path.is_dir():
-        return str(path), path.parent if path.name == "ledger.jsonl" else None
-    if not (path / "ledger.jsonl").exists() and (path / "config.yaml").exists():
-        settings = read_config(path).get("ledger") or {}
-        if settings.get("scope") == "run" and settings.get("path"):
-            return settings["path"], path
-    return str(path / "ledger.jsonl"), path
+    path = place(given)
+    if not (path / "config.yaml").exists():
+        of_a_run = path.name == "ledger.jsonl" and (path.parent / "config.yaml").exists()
+        return str(path / "ledger.jsonl" if Path(given).is_dir() else path), path.parent if of_a_run else None
+    settings = read_config(path).get("ledger") or {}
+    elsewhere = settings.get("path") if settings.get("scope") == "run" else None
+    return (elsewhere if elsewhere and not (path / "ledger.jsonl").exists() else str(path / "ledger.jsonl")), path
 
 
-def plan_of(run: Path) -> dict[str, Any] | None:
+def plan_of(run: Place) -> dict[str, Any] | None:
     return read_json(run / "plan.json") if (run / "plan.json").exists() else None
 
 

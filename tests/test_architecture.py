@@ -24,6 +24,7 @@ FLOORS = {
     "diffusion": 2,
     "data": 2,
     "config": 1,
+    "s3": 1,
     "errors": 0,
     "conf": 0,
     "__init__": 0,

@@ -211,7 +211,7 @@ def test_a_value_at_the_edge_is_accepted(name, value):
 
 
 def test_a_secret_on_the_command_line_is_refused_and_not_repeated():
-    with pytest.raises(InputError, match=r"^privacy\.secret=\.\.\.: expected file:PATH or env:NAME") as refused:
+    with pytest.raises(InputError, match=r"^privacy\.secret=\.\.\.: expected file:PATH, env:NAME or s3://") as refused:
         validate(changed("privacy.secret", "ab" * 32))
     assert "abab" not in str(refused.value)
 

@@ -1,14 +1,19 @@
-"""Checkpoints of training: atomic, bound to the run's configuration, read without executing anything."""
+"""Checkpoints of training: atomic, bound to the run's configuration, read without executing anything.
+
+They are written while training goes on. A kill loses the one being written, and the run goes on from the one before:
+steps are addressed, so those that are taken again give the same bits.
+"""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from e2h.data.filesystem import write_bytes
+from e2h.data.remote import Place
 from e2h.errors import InputError
 
 FORMAT = "e2h-checkpoint-1"
@@ -23,16 +28,32 @@ class Checkpoints:
       binding: digest of what the weights depend on; a checkpoint of another binding is refused.
     """
 
-    def __init__(self, folder: Path, binding: str) -> None:
+    def __init__(self, folder: Place, binding: str) -> None:
         self.folder, self.binding = folder, binding
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
-        """Writes the state after `step` steps of a stage; durable when it returns."""
+        """Writes the state after `step` steps of a stage: begun when it returns, durable after the next `wait`.
+
+        Raises:
+          OSError: that the one before could not be written.
+        """
+        self.wait()
         content = {"format": FORMAT, "binding": self.binding, "stage": stage, "step": step, "state": state}
         buffer = io.BytesIO()
         torch.save(content, buffer)  # in memory: on a full disk torch's writer hides the reason
-        write_bytes(self._path(stage, step), buffer.getvalue())
+        self._writing = self._thread.submit(self._write, stage, step, buffer.getvalue())
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is durable; raises what kept it from being."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, stage: str, step: int, content: bytes) -> None:
+        write_bytes(self._path(stage, step), content)
         for old in self._paths(stage)[:-2]:
             old.unlink(missing_ok=True)
 
@@ -42,6 +63,7 @@ class Checkpoints:
         Raises:
           InputError: if the file isn't a checkpoint of this run.
         """
+        self.wait()
         paths = self._paths(stage)
         if not paths:
             return None
@@ -50,9 +72,9 @@ class Checkpoints:
             raise InputError(f"{paths[-1]}: expected a checkpoint of this configuration and data; use a new run.name")
         return content["step"], content["state"]
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load(self, path: Place) -> dict[str, Any]:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # a damaged pickle fails in a dozen ways
@@ -63,8 +85,8 @@ class Checkpoints:
             raise InputError(f"{path}: expected a checkpoint that e2h wrote; remove it")
         return content
 
-    def _paths(self, stage: str) -> list[Path]:
+    def _paths(self, stage: str) -> list[Place]:
         return sorted(self.folder.glob(f"{stage}-*.pt"))
 
-    def _path(self, stage: str, step: int) -> Path:
+    def _path(self, stage: str, step: int) -> Place:
         return self.folder / f"{stage}-{step:08d}.pt"

@@ -96,6 +96,7 @@ def finetune(
         ema.update(network)
         _finish_step(step + 1, network, ema, optimizer, settings, clipped, private, workers, checkpoints, report)
         progress(step + 1)
+    checkpoints.wait()
     return ema
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import platform
 import secrets
 import shlex
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +17,14 @@ from typing import Any
 import yaml
 
 import e2h
-from e2h.config import Config, binding, differences, digest, run_name
+from e2h.config import Config, binding, differences, digest, expect, run_name
+from e2h.curriculum.lease import only_driver
 from e2h.data.filesystem import write_bytes
+from e2h.data.remote import Place, S3Path, abort_uploads, place, scratch_folder
 from e2h.errors import InputError
 from e2h.privacy.accounting import epsilon
 from e2h.privacy.dataset_ledger import DatasetLedger
-from e2h.privacy.keys import TEST_SECRET, create_secret, derive_key, load_secret
+from e2h.privacy.keys import TEST_SECRET, create_secret, create_secret_object, derive_key, load_secret
 from e2h.privacy.ledger import Budget, Ledger
 from e2h.privacy.logs import ObjectLog, open_log
 from e2h.privacy.plan import PrivacyPlan, code_digest
@@ -35,55 +34,61 @@ PACKAGES = ("torch", "numpy", "opacus", "dp-accounting", "pyarrow", "cryptograph
 
 @dataclass(frozen=True)
 class Run:
-    """One run on local or shared storage; every artefact's path comes from here.
+    """One run in a folder or a bucket; every artefact's path comes from here.
 
     Attributes:
+      root: the run's directory.
       owner: token of the driver in the ledger; it travels to the workers. None: this copy only reads.
     """
 
-    root: Path
+    root: Place
     config: Config
     owner: str | None = None
 
     @property
-    def prepared(self) -> Path:
+    def prepared(self) -> Place:
         return self.root / "prepared"
 
     @property
-    def central(self) -> Path:
+    def central(self) -> Place:
         return self.root / "central"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Place:
         return self.root / "checkpoints"
 
     @property
-    def weights(self) -> Path:
+    def weights(self) -> Place:
         return self.checkpoints / "model.safetensors"
 
     @property
-    def synthetic(self) -> Path:
+    def synthetic(self) -> Place:
         return self.root / "synthetic"
 
     @property
-    def evaluation(self) -> Path:
+    def evaluation(self) -> Place:
         return self.root / "evaluation.json"
 
     @property
-    def release(self) -> Path:
+    def release(self) -> Place:
         return self.root / "release"
 
     @property
-    def refusal(self) -> Path:
+    def refusal(self) -> Place:
         """Where this driver's workers leave what they refused; those of an older driver leave it elsewhere."""
         return self.root / f"refused-{self.owner}.json"
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of this very machine for files that the run can do without: Ray's log, unpacked training images."""
+        return self.root if isinstance(self.root, Path) else scratch_folder(self.root)
 
     @property
     def ledger(self) -> Ledger:
         """The run's own ledger, in the run directory unless `ledger.path` puts it elsewhere."""
         settings = self.config.ledger
-        place = settings.path if settings.scope == "run" and settings.path else self.root / "ledger.jsonl"
-        return Ledger(open_log(place), self.owner, witness_path(self.root))
+        own = settings.path if settings.scope == "run" and settings.path else self.root / "ledger.jsonl"
+        return Ledger(open_log(own), self.owner, witness_path(self.root))
 
     @property
     def dataset_ledger(self) -> DatasetLedger | None:
@@ -91,9 +96,9 @@ class Run:
         settings, data = self.config.ledger, self.config.data
         if settings.scope != "dataset" or settings.epsilon is None:
             return None
-        place = settings.path or self.root.parent / ".ledgers" / f"{data.name}.jsonl"
+        shared = settings.path or self.root.parent / ".ledgers" / f"{data.name}.jsonl"
         folder = self.root.parent / ".secrets"
-        return DatasetLedger(open_log(place), folder, data.name, settings.epsilon, self.config.privacy.delta)
+        return DatasetLedger(open_log(shared), folder, data.name, settings.epsilon, self.config.privacy.delta)
 
     def shared_plan(self, plan: PrivacyPlan) -> PrivacyPlan:
         """The plan with what all runs on the data set hold, this one included; writes nothing.
@@ -163,7 +168,7 @@ class Run:
         content = json.dumps({"stage": stage, "binding": digest(binding(self.config))})
         write_bytes(self._marker(stage), content.encode())
 
-    def _marker(self, stage: str) -> Path:
+    def _marker(self, stage: str) -> Place:
         folders = {
             "prepare": self.prepared,
             "central": self.central,
@@ -173,22 +178,31 @@ class Run:
         return folders[stage] / "_SUCCESS.json"
 
 
-def witness_path(root: Path) -> Path:
+def witness_path(root: Place) -> Place:
     """What was last seen of a run's ledger; apart from the run directory."""
     return root.parent / ".secrets" / f"{root.name}.head"
 
 
-def run_root(config: Config) -> Path:
-    if "://" in config.run.storage:
-        raise InputError(
-            f"run.storage={config.run.storage}: expected a local folder, or one shared by NFS 4; checkpoints need "
-            "renames and locks that an object store does not give; data may lie at data.path=s3://..., a ledger at "
-            "ledger.path=s3://..."
-        )
-    return Path(config.run.storage).expanduser().resolve() / run_name(config)
+def run_root(config: Config) -> Place:
+    """Where the run lies.
+
+    Raises:
+      InputError: if `run.storage` is neither a folder nor s3://, or a run in a bucket has no secret of its own.
+    """
+    storage, secret = config.run.storage, config.privacy.secret
+    try:
+        root = place(storage) / run_name(config)
+    except InputError as error:
+        raise InputError(f"run.storage={storage}: expected a folder, or s3://bucket/prefix") from error
+    if isinstance(root, S3Path) and not config.privacy.test_mode:
+        apart = secret is not None and not secret.startswith(f"{str(root.parent).rstrip('/')}/")
+        expectation = "a secret that every machine can read and that lies apart from run.storage"
+        advice = "set privacy.secret=env:NAME (on all machines) or s3://other-bucket/key (made where it is missing)"
+        expect(apart, "privacy.secret", secret, expectation, advice)
+    return root
 
 
-def make_root(config: Config) -> Path:
+def make_root(config: Config) -> Place:
     """The run's directory, made where it is missing; nothing in it.
 
     Raises:
@@ -199,9 +213,12 @@ def make_root(config: Config) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        advice = f"{error.strerror}: {error.filename}; choose another"
-        raise InputError(f"run.storage={config.run.storage}: expected a folder to write to ({advice})") from error
+        raise _unwritable(config, f"{error.strerror}: {error.filename}") from error
     return root
+
+
+def _unwritable(config: Config, reason: str) -> InputError:
+    return InputError(f"run.storage={config.run.storage}: expected a folder to write to ({reason}; choose another)")
 
 
 @contextmanager
@@ -212,50 +229,52 @@ def open_run(config: Config) -> Iterator[Run]:
       InputError: if the directory holds a run of another configuration, or another process is running it.
     """
     run = Run(make_root(config), config, secrets.token_hex(16))
-    with _only_one(run.root / ".lock"):
+    with only_driver(run.root):
         check_binding(run.root, config)
-        for folder in (".secrets", ".ledgers"):
-            (run.root.parent / folder).mkdir(exist_ok=True, mode=0o700)
-        if not config.privacy.test_mode and config.privacy.secret is None:
-            create_secret(Path(run.secret_reference.removeprefix("file:")))
+        if isinstance(run.root, S3Path):
+            abort_uploads(run.root)
+        try:
+            for folder in (".secrets", ".ledgers"):
+                (run.root.parent / folder).mkdir(exist_ok=True, mode=0o700)
+            _create_secret(run)
+        except PermissionError as error:
+            raise _unwritable(config, f"{error.strerror}: {error.filename}") from error
         run.secret()
-        if config.ledger.path and isinstance(log := open_log(config.ledger.path), ObjectLog):
-            log.probe()
+        for log in (run.ledger.chain.log, *([run.dataset_ledger.chain.log] if run.dataset_ledger else [])):
+            if isinstance(log, ObjectLog):
+                log.probe()
         _describe(run)
         yield run
 
 
-def check_binding(root: Path, config: Config) -> None:
+def _create_secret(run: Run) -> None:
+    """Where the user named a file or a variable, it is his to make."""
+    given = run.config.privacy.secret
+    if given is None and not run.config.privacy.test_mode:
+        create_secret(Path(run.secret_reference.removeprefix("file:")))
+    elif given is not None and given.startswith("s3://"):
+        create_secret_object(given)
+
+
+def check_binding(root: Place, config: Config) -> None:
     """Raises `InputError` if the folder holds a run of another configuration."""
     path = root / "binding.json"
     if not path.exists():
         return
-    changed = differences(json.loads(path.read_text()), json.loads(json.dumps(binding(config))))
+    try:
+        bound = json.loads(path.read_text())
+        changed = differences(bound, json.loads(json.dumps(binding(config))))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the configuration that this run began with; the file is damaged: restore it, or choose "
+            f"a new name: run.name={root.name}-2"
+        ) from error
     if changed:
         shown = ", ".join(f"{name} is {new} and was {old}" for name, old, new in changed)
         raise InputError(
             f"run.name={root.name}: expected the configuration that this run began with, but {shown}; "
             f"change it back to resume, or choose a new name: run.name={root.name}-2"
         )
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = path.read_text().strip() or "just started"
-        os.close(descriptor)
-        raise InputError(
-            f"run.name={path.parent.name}: another process ({holder}) is running it; wait, or use a new run.name"
-        ) from error
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _describe(run: Run) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from e2h.config import SamplingConfig, expect, stamp
 from e2h.curriculum.batches import addressed_seeds
 from e2h.curriculum.run import Run
 from e2h.curriculum.train import new_network
 from e2h.data.exports import write_hf_parquet
+from e2h.data.remote import Place
 from e2h.data.storage import open_prepared
 from e2h.diffusion.networks import UNet
 from e2h.diffusion.samplers import sample, to_uint8
@@ -49,7 +48,7 @@ class Synthesizer:
         prepared = open_prepared(run.prepared)
         self.run, self.manifest = run, prepared.manifest
         self.network: UNet = new_network(run, prepared)
-        self.network.load_state_dict(load_file(run.weights))
+        self.network.load_state_dict(load(run.weights.read_bytes()))
         self.network.to(device).eval()
         self.labels = image_labels(run.config.sampling, len(self.manifest.class_names))
 
@@ -71,5 +70,5 @@ class Synthesizer:
         return to_uint8(sample(self.network, labels, seeds, self.run.config.sampling, shape)).numpy()
 
 
-def shard_path(folder: Path, index: int) -> Path:
+def shard_path(folder: Place, index: int) -> Place:
     return folder / f"part-{index:05d}.parquet"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,9 @@ from e2h.curriculum.warmup import Report, warm_up
 from e2h.curriculum.workers import Workers
 from e2h.data.exports import read_hf_parquet
 from e2h.data.filesystem import write_bytes
-from e2h.data.storage import Prepared, map_split, open_prepared
+from e2h.data.remote import Place
+from e2h.data.mapping import map_split
+from e2h.data.storage import Prepared, open_prepared
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
 from e2h.privacy.events import Release
@@ -59,7 +60,7 @@ def train(run: Run, release: Release, workers: Workers, report: Report, progress
     try:
         ema = finetune(
             network,
-            map_split(prepared, "train", run.prepared),
+            map_split(prepared, "train", run.scratch / "prepared"),
             config.finetune,
             private_run(run, release, prepared, workers, start, unit),
             config.seed,
@@ -126,6 +127,6 @@ def weights_digest(network: UNet) -> str:
     return total.hexdigest()
 
 
-def save_weights(path: Path, network: UNet, notes: Mapping[str, str]) -> None:
+def save_weights(path: Place, network: UNet, notes: Mapping[str, str]) -> None:
     tensors = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
     write_bytes(path, save(tensors, metadata={"format": "pt", **notes}))

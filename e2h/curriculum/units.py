@@ -29,11 +29,13 @@ from e2h.curriculum.batches import make_batch
 from e2h.curriculum.finetune import private_engine
 from e2h.curriculum.workers import Workers
 from e2h.data.filesystem import write_bytes
+from e2h.data.remote import Place
 from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
 
 LARGEST = {"cpu": 64, "cuda": 256}  # images; beyond, neither gets faster by much
+SIZES = tuple(2**i for i in range(9))  # up to the largest of these
 MEMORY_SHARE = 0.5  # of what is free now; the other half is for everything that comes later
 CONTROL_GROUPS = (  # versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -41,7 +43,7 @@ CONTROL_GROUPS = (  # versions 2 and 1
 )
 
 
-def unit_size(path: Path, workers: Workers, choose: Callable[[], int]) -> int:
+def unit_size(path: Place, workers: Workers, choose: Callable[[], int]) -> int:
     """The size of this run's units, the same on every worker; rank 0 chooses where none was chosen.
 
     Args:
@@ -49,6 +51,7 @@ def unit_size(path: Path, workers: Workers, choose: Callable[[], int]) -> int:
       choose: called on rank 0, at most once in the life of a run.
 
     Raises:
+      InputError: on rank 0, if the file does not hold such a size.
       RuntimeError: on the other workers, if rank 0 failed; there, what it raised.
     """
     size = torch.zeros(1, dtype=torch.int64, device=workers.device)
@@ -57,7 +60,7 @@ def unit_size(path: Path, workers: Workers, choose: Callable[[], int]) -> int:
         try:
             if not path.exists():
                 write_bytes(path, json.dumps({"physical_batch_size": choose()}).encode())
-            size[0] = json.loads(path.read_text())["physical_batch_size"]
+            size[0] = _kept(path)
         except Exception as error:
             failure = error
     workers.sum_integers(size)
@@ -66,6 +69,20 @@ def unit_size(path: Path, workers: Workers, choose: Callable[[], int]) -> int:
     if int(size) < 1:
         raise RuntimeError("the size of a work unit was not chosen; rank 0 says why")
     return int(size)
+
+
+def _kept(path: Place) -> int:
+    """The size in the file. Another valid size than the one chosen is another domain, which the ledger refuses."""
+    try:
+        size = json.loads(path.read_text())["physical_batch_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        size = None
+    if type(size) is not int or size not in SIZES:
+        raise InputError(
+            f'{path}: expected {{"physical_batch_size": n}} with n a power of two from 1 to {SIZES[-1]}, as e2h wrote '
+            "it; remove the file, and the size is chosen anew"
+        )
+    return size
 
 
 def largest_that_fits(network: UNet, settings: FinetuneConfig, image_size: int, channels: int, workers: Workers) -> int:

@@ -64,6 +64,7 @@ def warm_up(
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoints.save(STAGE, done, state)
         progress(done)
+    checkpoints.wait()
 
 
 def _step(

@@ -6,7 +6,7 @@ import io
 import os
 import posixpath
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -85,6 +85,25 @@ def reader(folder: Location) -> Callable[[str], bytes]:
             return bytes(file.read())
 
     return read
+
+
+def remove(location: Location) -> bool:
+    """Removes a file, or a folder with all that is in it; returns whether there was one."""
+    found = kind(location)
+    file_system, path = resolve(location)
+    if found == "file":
+        file_system.delete_file(path)
+    elif found == "folder":
+        file_system.delete_dir(path)
+    return found != "missing"
+
+
+def copy_files(source: Location, target: Location, names: Iterable[str], mode: int = OWNER_ONLY) -> None:
+    """Copies files below one folder to the same names below another; each appears whole, in the order given."""
+    read = reader(source)
+    for name in names:
+        make_folder(os.path.dirname(join(target, name)))
+        write_bytes(join(target, name), read(name), mode)
 
 
 def make_folder(location: Location, mode: int = 0o700) -> None:

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from e2h.config import Config
+from e2h.data.remote import Place
 from e2h.privacy.plan import PrivacyPlan
 
 POLL_S = 0.5
@@ -39,7 +39,7 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: dict[str, float]) -> None:
 
 
 @contextmanager
-def training_status(path: Path, config: Config, schedule: list[tuple[int, float]], target: float) -> Iterator[None]:
+def training_status(path: Place, config: Config, schedule: list[tuple[int, float]], target: float) -> Iterator[None]:
     """While the block runs, shows the progress that rank 0 writes to `path`."""
     stop = threading.Event()
     path.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def training_status(path: Path, config: Config, schedule: list[tuple[int, float]
 
 
 class _Status:
-    def __init__(self, path: Path, config: Config, schedule: list[tuple[int, float]], target: float) -> None:
+    def __init__(self, path: Place, config: Config, schedule: list[tuple[int, float]], target: float) -> None:
         self.path, self.schedule, self.target = path, schedule, target
         self.totals = {"warmup": config.warmup.num_steps, "finetune": config.finetune.num_steps}
         self.batch = {"warmup": config.warmup.batch_size, "finetune": config.finetune.expected_batch_size}
@@ -67,7 +67,7 @@ class _Status:
         while not stop.wait(POLL_S):
             try:
                 now = json.loads(self.path.read_text())
-            except (OSError, ValueError):
+            except (OSError, ValueError):  # not there yet; in a bucket, replaced this moment
                 continue
             self._show(self._line(now["stage"], now["step"]))
         if self.live and self.width:

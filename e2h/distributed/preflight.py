@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from e2h.config import Config, expect
 from e2h.curriculum.run import Run, check_binding
 from e2h.data.filesystem import write_bytes
 from e2h.data.records import Source
+from e2h.data.remote import Place
 from e2h.data.sources import open_source
 from e2h.distributed.console import show_plan
 from e2h.privacy.plan import PrivacyPlan, check_batch, make_plan
@@ -28,7 +28,7 @@ def preflight(config: Config) -> Source:
     return source
 
 
-def dry_run(config: Config, root: Path) -> PrivacyPlan:
+def dry_run(config: Config, root: Place) -> PrivacyPlan:
     """Plans without data, Ray, or spending: writes `plan.json` and prints it."""
     check_binding(root, config)
     source = preflight(config)

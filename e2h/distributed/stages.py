@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from e2h.curriculum.machine import machine
 from e2h.curriculum.run import Run
 from e2h.curriculum.synthesis import image_labels, num_shards, shard_path
 from e2h.data.exports import read_hf_parquet, write_hf_parquet
-from e2h.data.filesystem import write_bytes
+from e2h.data.filesystem import copy_files, list_files, remove, write_bytes
 from e2h.data.images import grid, upscale, write_png
 from e2h.data.prepare import finish_prepared
+from e2h.data.remote import Place
 from e2h.data.sources import open_source
 from e2h.data.storage import Prepared, load_split, open_prepared
 from e2h.distributed import datasets
@@ -40,22 +42,31 @@ from e2h.reporting.publish import publish as build_release
 from e2h.reporting.report import write_report
 
 GRID_SIDE = 320
+REPORTED = (
+    "config.yaml",
+    "command.txt",
+    "environment.json",
+    "plan.json",
+    "metrics.jsonl",
+    "evaluation.json",
+    "central/",
+    "synthetic/",
+    "checkpoints/model.safetensors",
+)
 
 
 def prepare(run: Run) -> Prepared:
     """Private images in any supported layout -> canonical shards (sensitive)."""
     if not run.done("prepare"):
         source = open_source(run.config.data)
-        # Built aside: `prepared/` is whole or absent.
-        building = run.root / "prepared.building"
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(run.prepared, ignore_errors=True)
+        remove(run.prepared)
         try:
-            stats = datasets.prepare_shards(source, run.config.data, str(building))
-            finish_prepared(str(building), source, run.config.data, stats)
-            building.rename(run.prepared)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+            stats = datasets.prepare_shards(source, run.config.data, str(run.prepared))
+            # Writes `meta.json`, without which nobody takes the folder for a prepared set.
+            finish_prepared(str(run.prepared), source, run.config.data, stats)
+        except BaseException:
+            remove(run.prepared)
+            raise
         run.bind()
         run.mark_done("prepare")
     prepared = open_prepared(run.prepared)
@@ -120,7 +131,7 @@ def _write_central(run: Run, images: np.ndarray, class_names: tuple[str, ...]) -
     _write_grid(run, "central/grid", run.central / "grid.png", flat, num_groups)
 
 
-def _write_grid(run: Run, metric: str, path: Path, images: np.ndarray, columns: int) -> None:
+def _write_grid(run: Run, metric: str, path: Place, images: np.ndarray, columns: int) -> None:
     picture = upscale(grid(images, columns), GRID_SIDE)
     write_png(path, picture, stamp(run.config))
     with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
@@ -164,7 +175,7 @@ def _forget_images_of_other_weights(run: Run) -> None:
     """Keeps images that a stopped call left only if they came from these very weights."""
     path, weights = run.synthetic / "weights.sha256", hashlib.sha256(run.weights.read_bytes()).hexdigest()
     if not path.exists() or path.read_text() != weights:
-        shutil.rmtree(run.synthetic, ignore_errors=True)
+        remove(run.synthetic)
         run.synthetic.mkdir(mode=0o700)
         write_bytes(path, weights.encode())
 
@@ -199,7 +210,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     )
 
 
-def publish(run: Run) -> Path:
+def publish(run: Run) -> Place:
     """`release/`: the only folder to publish, and the report for its owner.
 
     Raises:
@@ -210,8 +221,30 @@ def publish(run: Run) -> Path:
     plan, _ = _read_or_make_plan(run, open_prepared(run.prepared))
     if set(run.ledger.charged()) != set(plan.releases):
         raise BudgetError(f"{run.ledger.location}: expected charges of {plan.releases}, found {run.ledger.charged()}")
-    release = build_release(run.root, run.ledger.head())
-    report = write_report(run.root)
-    say("publish", f"to publish: {release}")
-    say("", f"for you alone: {report}")
-    return release
+    with _on_this_machine(run) as folder:
+        build_release(folder, run.ledger.head())
+        write_report(folder)
+    say("publish", f"to publish: {run.release}")
+    say("", f"for you alone: {run.root / 'report.html'}")
+    return run.release
+
+
+@contextmanager
+def _on_this_machine(run: Run) -> Iterator[Path]:
+    """The run directory; for one in a bucket, a copy of what a report is made of, and what is made of it goes back."""
+    if isinstance(run.root, Path):
+        yield run.root
+        return
+    folder = run.scratch / "publish"
+    remove(folder)
+    try:
+        names = [name for name, _ in list_files(run.root)]
+        copy_files(run.root, folder, [name for name in names if name.startswith(REPORTED)])
+        yield folder
+        made = [name for name, _ in list_files(folder) if name.startswith(("release/", "report.html"))]
+        copy_files(folder, run.root, made)
+        for name in names:
+            if name.startswith("release/") and name not in made:
+                remove(run.root / name)
+    finally:
+        remove(folder)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -16,7 +14,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from e2h.curriculum.run import Run
 from e2h.curriculum.train import train
 from e2h.curriculum.workers import Workers
-from e2h.data.filesystem import write_bytes
+from e2h.data.filesystem import remove, write_bytes
+from e2h.data.remote import Place, S3Path
 from e2h.distributed.failures import budget_refusal, refusal
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.events import Release
@@ -24,6 +23,7 @@ from e2h.reporting.metrics import MetricWriter
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_EVERY_S = 0.5
+PROGRESS_TO_BUCKET_EVERY_S = 5.0
 
 
 def train_on_workers(run: Run, release: Release) -> None:
@@ -53,11 +53,11 @@ def train_on_workers(run: Run, release: Release) -> None:
         _raise_refusal(error)
         raise
     finally:
-        shutil.rmtree(storage, ignore_errors=True)
+        remove(storage)
     _raise_noted(note)
 
 
-def _raise_noted(note: Path) -> None:
+def _raise_noted(note: Place) -> None:
     if note.exists():
         refused = json.loads(note.read_text())
         note.unlink()
@@ -111,13 +111,14 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 class _Progress:
-    """Where the driver's status line reads from; written at most twice a second."""
+    """Where the driver's status line reads from."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path, self.written = path, 0.0
+        self.interval = PROGRESS_TO_BUCKET_EVERY_S if isinstance(path, S3Path) else PROGRESS_EVERY_S
 
     def update(self, stage: str, step: int) -> None:
         now = time.monotonic()
-        if now - self.written >= PROGRESS_EVERY_S:
+        if now - self.written >= self.interval:
             self.written = now
             write_bytes(self.path, json.dumps({"stage": stage, "step": step}).encode())

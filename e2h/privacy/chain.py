@@ -43,17 +43,27 @@ class Log(Protocol):
         """Adds a line, durable when it returns; `ConflictError` if the log does not hold `position` lines."""
 
 
+class Witness(Protocol):
+    """A file, or an object that is written whole."""
+
+    def exists(self) -> bool: ...
+
+    def read_text(self) -> str: ...
+
+    def write_bytes(self, content: bytes, /) -> Any: ...
+
+
 class Chain:
     """The records of a log, verified at each reading.
 
     Args:
       log: where they are kept.
-      witness: a small local file that holds the length and head that this place has seen, so that a cut tail or a
+      witness: a small file that holds the length and head that was last seen, so that a cut tail or a
         deleted object is noticed; None where there is no such place.
       begins_anew: whether an empty log is a new beginning although the witness saw records.
     """
 
-    def __init__(self, log: Log, witness: Path | None = None, begins_anew: bool = True) -> None:
+    def __init__(self, log: Log, witness: Witness | None = None, begins_anew: bool = True) -> None:
         self.log, self.witness, self.begins_anew = log, witness, begins_anew
         self._known: tuple[list[bytes], list[Record]] = [], []
 
@@ -122,6 +132,9 @@ class Chain:
     def _testify(self, length: int, line: bytes) -> None:
         """After the record: a kill in between leaves a witness of fewer records, which the log satisfies."""
         if self.witness is None:
+            return
+        if not isinstance(self.witness, Path):
+            self.witness.write_bytes(json.dumps(_head([line], length)).encode())  # replaces a whole object
             return
         temporary = self.witness.with_name(f"{self.witness.name}.{secrets.token_hex(8)}.tmp")
         try:

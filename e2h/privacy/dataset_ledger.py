@@ -12,13 +12,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import dp_accounting
 
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.accounting import NEIGHBOURING_RELATION, epsilon_pld
-from e2h.privacy.chain import Chain, Log, Record
+from e2h.privacy.chain import Chain, Log, Record, Witness
 from e2h.privacy.events import Release
 from e2h.privacy.ledger import releases_from, releases_json
 
@@ -36,6 +36,12 @@ class SharedBudget:
     num_runs: int
 
 
+class Folder(Protocol):
+    """A path, local or not."""
+
+    def __truediv__(self, name: str) -> Witness: ...
+
+
 class DatasetLedger:
     """The holds of all runs on one data set. Safe for several processes, on several machines.
 
@@ -47,7 +53,7 @@ class DatasetLedger:
       epsilon, delta: the budget, the same for all runs.
     """
 
-    def __init__(self, log: Log, folder: Path | None, name: str, epsilon: float, delta: float) -> None:
+    def __init__(self, log: Log, folder: Folder | None, name: str, epsilon: float, delta: float) -> None:
         place = hashlib.sha256(log.location.encode()).hexdigest()[:16]
         witness = folder / f".dataset-{place}.head" if folder else None
         self.chain, self.location = Chain(log, witness, begins_anew=False), log.location

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from e2h import s3
 from e2h.errors import InputError
 
 SECRET_BYTES = 32
@@ -44,8 +45,18 @@ def create_secret(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def create_secret_object(url: str) -> None:
+    """Writes a new secret to s3://bucket/key unless one is there; who may read the object knows the noise.
+
+    Raises:
+      InputError: if the store can't be written.
+    """
+    with s3.explained(f"privacy.secret={url}"):
+        s3.put(s3.client(), *s3.split(url), os.urandom(SECRET_BYTES).hex().encode(), IfNoneMatch="*")
+
+
 def load_secret(reference: str) -> bytes:
-    """The 32-byte master secret behind `file:PATH` or `env:NAME` (64 hex digits).
+    """The 32-byte master secret behind `file:PATH`, `env:NAME` or `s3://bucket/key` (64 hex digits).
 
     Raises:
       InputError: if it is absent, malformed, or a file that others may read. The secret is never quoted.
@@ -57,6 +68,8 @@ def load_secret(reference: str) -> bytes:
             raise InputError(
                 f"privacy.secret={reference}: expected an environment variable of 64 hex digits; set {place}"
             )
+    elif scheme == "s3":
+        text = _read_object(reference)
     else:
         text = _read_owner_only(reference, Path(place))
     try:
@@ -69,6 +82,12 @@ def load_secret(reference: str) -> bytes:
             f"privacy.secret={reference}: expected 64 random hex digits; make some with `openssl rand -hex 32`"
         )
     return secret
+
+
+def _read_object(url: str) -> str:
+    bucket, key = s3.split(url)
+    with s3.explained(f"privacy.secret={url}"):
+        return s3.client().get_object(Bucket=bucket, Key=key)["Body"].read().decode(errors="replace")
 
 
 def _read_owner_only(reference: str, path: Path) -> str:

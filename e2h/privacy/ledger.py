@@ -19,10 +19,9 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from e2h.errors import BudgetError, InputError
-from e2h.privacy.chain import Chain, Log, Record
+from e2h.privacy.chain import Chain, Log, Record, Witness
 from e2h.privacy.events import PoissonSampledGaussian, Release
 
 Cost = Callable[[Sequence[Release], float], float]
@@ -152,7 +151,7 @@ class Ledger:
       witness: see `e2h.privacy.chain.Chain`.
     """
 
-    def __init__(self, log: Log, owner: str | None = None, witness: Path | None = None) -> None:
+    def __init__(self, log: Log, owner: str | None = None, witness: Witness | None = None) -> None:
         self.chain, self.location = Chain(log, witness), log.location
         self.owner = owner or secrets.token_hex(16)
         self._took_over = False

@@ -10,16 +10,16 @@ import fcntl
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from e2h import s3
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.chain import ConflictError, is_record
 
 OBJECT_DIGITS = 12
 PROBE = ".probe"
-CONFLICT_STATUS = (409, 412)  # another write to the key is under way; the key is taken
 
 
 def open_log(location: str | os.PathLike[str]) -> FileLog | ObjectLog:
@@ -106,7 +106,7 @@ class ObjectLog:
 
     def __init__(self, location: str) -> None:
         self.location = location.rstrip("/")
-        self.bucket, _, self.prefix = self.location.removeprefix("s3://").partition("/")
+        self.bucket, self.prefix = s3.split(self.location)
         self._lines: list[bytes] = []
         self._probed = False
         self._process_client: tuple[int, Any] = (0, None)
@@ -155,17 +155,8 @@ class ObjectLog:
     def _client(self) -> Any:
         """A client of this very process: two that share a connection after a fork would read each other's answers."""
         if self._process_client[0] != os.getpid():
-            self._process_client = os.getpid(), self._new_client()
+            self._process_client = os.getpid(), s3.client()
         return self._process_client[1]
-
-    def _new_client(self) -> Any:
-        import boto3
-        from botocore.config import Config
-
-        retries = {"mode": "standard", "total_max_attempts": 5}
-        # Checksums that newer boto3 adds by itself are unknown to some S3 servers; the chain has its own.
-        checksums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-        return boto3.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=30, **checksums))
 
     @property
     def _lost_answers(self) -> tuple[type[Exception], ...]:
@@ -181,15 +172,7 @@ class ObjectLog:
 
     def _create(self, name: str, content: bytes) -> bool:
         """False if the object is there already, or another write to it is under way."""
-        from botocore.exceptions import ClientError
-
-        try:
-            self._client.put_object(Bucket=self.bucket, Key=self._key(name), Body=content, IfNoneMatch="*")
-        except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] in CONFLICT_STATUS:
-                return False
-            raise
-        return True
+        return s3.put(self._client, self.bucket, self._key(name), content, IfNoneMatch="*") is not None
 
     def _get(self, position: int) -> bytes | None:
         try:
@@ -210,15 +193,6 @@ class ObjectLog:
             )
         return len(found)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What the store says in one line, without a traceback."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            yield
-        except (BotoCoreError, ClientError) as error:
-            raise InputError(
-                f"ledger {self.location}: expected an S3 bucket that may be read and written ({error}); what was not "
-                "confirmed was not used: run the same command again"
-            ) from error
+    def _explained(self) -> AbstractContextManager[None]:
+        advice = "what was not confirmed was not used: run the same command again"
+        return s3.explained(f"ledger {self.location}", advice)

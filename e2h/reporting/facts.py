@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from e2h.data.remote import Place
 from e2h.errors import InputError
 
 RELATIONS = {
@@ -41,7 +41,7 @@ NOT_PROTECTED = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """A JSON object of the run directory; `InputError` if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise _unreadable(path.name, error) from error
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
+def read_config(run_dir: Place) -> dict[str, Any]:
     """The run's resolved `config.yaml` as nested dictionaries; `InputError` if it is missing or damaged."""
     try:
         return yaml.safe_load((run_dir / "config.yaml").read_text())

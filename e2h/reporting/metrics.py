@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import time
 import warnings
 from enum import StrEnum
@@ -21,6 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from e2h.config import NOT_PRIVATE
+from e2h.data import filesystem
+from e2h.data.remote import Place, place
+
+ROWS = "metrics.jsonl"
+COPY_EVERY_S = 30.0
 
 
 class ReleaseClass(StrEnum):
@@ -66,18 +72,22 @@ class MetricWriter:
     """Writes to `tb/releasable` or `tb/sensitive` (owner-only) as declared, and appends to `metrics.jsonl`.
 
     A run may open several writers one after the other (resume): all of them append. Use it as a context manager.
+    For a run in a bucket, where nothing can be appended to, files grow on this machine and are copied there every now
+    and then.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], not_private: bool = False) -> None:
         """Opens the run's metrics.
 
         Args:
-          run_dir: an existing run directory.
+          run_dir: an existing run directory, local or s3://.
           not_private: stamps every row and both TensorBoard directories.
         """
         self._not_private = not_private
-        self._writers = {kind: _summary_writer(Path(run_dir) / "tb" / kind) for kind in ReleaseClass}
-        self._rows = _open_append(Path(run_dir) / "metrics.jsonl")
+        self._target, self._copied = place(run_dir), time.monotonic()
+        self._folder = _local_folder(self._target)
+        self._writers = {kind: _summary_writer(self._folder / "tb" / kind) for kind in ReleaseClass}
+        self._rows = _open_append(self._folder / ROWS)
         if not_private:
             for kind, writer in self._writers.items():
                 writer.add_text("NOT_PRIVATE", NOT_PRIVATE, walltime=_event_time(kind, time.time()))
@@ -111,12 +121,24 @@ class MetricWriter:
             row["not_private"] = True
         # One write call a line: lines of several processes don't mix.
         os.write(self._rows, (json.dumps(row) + "\n").encode())
+        if self._folder != self._target and time.monotonic() - self._copied > COPY_EVERY_S:
+            for writer in self._writers.values():
+                writer.flush()
+            self._copy()
+
+    def _copy(self) -> None:
+        names = [name for name, _ in filesystem.list_files(self._folder)]
+        filesystem.copy_files(self._folder, self._target, names)
+        self._copied = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes all files."""
         for writer in self._writers.values():
             writer.close()
         os.close(self._rows)
+        if self._folder != self._target:
+            self._copy()
+            filesystem.remove(self._folder)
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -133,6 +155,16 @@ def _declared(name: str, image: bool) -> Metric:
         expected = ", ".join(known for known, entry in METRICS.items() if (entry.unit == "image") == image)
         raise ValueError(f"metric={name}: expected one of {expected}; declare it with its release class in METRICS")
     return metric
+
+
+def _local_folder(run_dir: Place) -> Path:
+    """Where files can grow: the run directory, or a new folder with the rows that a remote one has so far."""
+    if isinstance(run_dir, Path):
+        return run_dir
+    folder = Path(tempfile.mkdtemp(prefix="e2h-metrics-"))
+    if (run_dir / ROWS).exists():
+        filesystem.copy_files(run_dir, folder, [ROWS])
+    return folder
 
 
 def _summary_writer(folder: Path) -> Any:
@@ -164,7 +196,7 @@ def read_curves(run_dir: str | os.PathLike[str]) -> dict[str, list[tuple[int, fl
 
     A step written twice (resume) counts with its last value; torn lines, images and undeclared names are left out.
     """
-    path = Path(run_dir) / "metrics.jsonl"
+    path = Path(run_dir) / ROWS
     curves: dict[str, dict[int, float]] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:

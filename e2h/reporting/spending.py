@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.accounting import epsilon_pld
-from e2h.privacy.chain import Chain, Record
+from e2h.privacy.chain import Chain, Record, Witness
 from e2h.privacy.dataset_ledger import composed, holds
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget, State, replay
 from e2h.privacy.logs import open_log
 
 
-def read(location: str, witness: Path | None) -> Chain:
+def read(location: str, witness: Witness | None) -> Chain:
     """The ledger at a path or s3:// prefix.
 
     Raises:

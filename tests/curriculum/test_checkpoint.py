@@ -6,10 +6,12 @@ import os
 import pickle
 import random
 import stat
+import threading
 
 import pytest
 import torch
 
+from e2h.curriculum import checkpoint as checkpoint_module
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.errors import InputError
 
@@ -23,6 +25,7 @@ def checkpoints(tmp_path) -> Checkpoints:
 
 
 def only_file(checkpoints: Checkpoints):
+    checkpoints.wait()
     (path,) = checkpoints.folder.iterdir()
     return path
 
@@ -57,20 +60,39 @@ def test_files_are_the_owners(checkpoints):
 
 def test_a_save_that_fails_leaves_the_last_one(checkpoints, monkeypatch):
     checkpoints.save("finetune", 5, STATE)
+    checkpoints.wait()
 
     def full(*_):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
+        checkpoints.save("finetune", 6, STATE)
         with pytest.raises(OSError, match="No space left"):
-            checkpoints.save("finetune", 6, STATE)
+            checkpoints.save("finetune", 7, STATE)  # says so before it begins
     assert only_file(checkpoints).name == "finetune-00000005.pt"
     assert checkpoints.latest("finetune")[0] == 5
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, monkeypatch):
+    may_write, state = threading.Event(), {"weight": torch.zeros(3)}
+    write = checkpoint_module.write_bytes
+
+    def slow(*arguments):
+        assert may_write.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "write_bytes", slow)
+    checkpoints.save("finetune", 5, state)
+    state["weight"] += 1  # the next step
+    assert list(checkpoints.folder.iterdir()) == []
+    may_write.set()
+    assert torch.equal(checkpoints.latest("finetune")[1]["weight"], torch.zeros(3))
+
+
 def test_a_checkpoint_of_another_run_is_refused(checkpoints):
     checkpoints.save("finetune", 5, STATE)
+    checkpoints.wait()
     with pytest.raises(InputError, match="expected a checkpoint of this configuration and data"):
         Checkpoints(checkpoints.folder, "another run").latest("finetune")
 

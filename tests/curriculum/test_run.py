@@ -145,8 +145,8 @@ def test_a_storage_that_is_no_folder_is_refused(tmp_path):
     refused = pytest.raises(InputError, match=r"^run\.storage=.*/file: expected a folder to write to")
     with refused, open_run(settings(tmp_path / "file")):
         pass
-    with pytest.raises(InputError, match=r"^run\.storage=s3://bucket: expected a local folder"):
-        run_root(Config(run=RunConfig(storage="s3://bucket")))
+    with pytest.raises(InputError, match=r"^run\.storage=http://host/x: expected a folder, or s3://bucket/prefix"):
+        run_root(Config(run=RunConfig(storage="http://host/x")))
 
 
 EVENT = {"type": "poisson_sampled_gaussian", "sampling_prob": 0.1, "noise_multiplier": 2.0, "count": 10}

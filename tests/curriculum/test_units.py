@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -116,3 +118,73 @@ def test_a_failed_choice_leaves_no_file(tmp_path):
     with pytest.raises(InputError, match="no memory"):
         unit_size(tmp_path / "units.json", ALONE, fails)
     assert list(tmp_path.iterdir()) == []
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"physical_batch_si',
+    "not text": b"\xff\xfe",
+    "a list": b"[8]",
+    "another key": b'{"size": 8}',
+    "nothing": b'{"physical_batch_size": null}',
+    "true": b'{"physical_batch_size": true}',
+    "a fraction": b'{"physical_batch_size": 8.0}',
+    "text": b'{"physical_batch_size": "8"}',
+    "zero": b'{"physical_batch_size": 0}',
+    "negative": b'{"physical_batch_size": -8}',
+    "no power of two": b'{"physical_batch_size": 12}',
+    "too large": b'{"physical_batch_size": 512}',
+    "beyond 64 bits": b'{"physical_batch_size": 1e400}',
+}
+
+
+class Together(Workers):
+    """One of two workers in threads: what is summed meets at a barrier."""
+
+    barrier, total = threading.Barrier(2, timeout=30), 0
+
+    def sum_integers(self, values):
+        if self.rank == 0:
+            Together.total = 0
+        self.barrier.wait()
+        if self.rank == 0:
+            Together.total = int(values)
+        self.barrier.wait()
+        values.fill_(Together.total)  # the other worker adds 0
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_one_line_and_ends_the_whole_group(tmp_path, content):
+    path = tmp_path / "units.json"
+    path.write_bytes(content)
+
+    def outcome(rank):
+        try:
+            return unit_size(path, Together(rank, 2, CPU), lambda: 8)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(outcome, range(2))
+    assert type(first) is InputError
+    assert str(first).startswith(f'{path}: expected {{"physical_batch_size": n}} with n a power of two from 1 to 256')
+    assert "\n" not in str(first)
+    assert type(second) is RuntimeError
+    assert "rank 0 says why" in str(second)
+    assert path.read_bytes() == content
+
+
+def test_a_folder_in_place_of_the_file_is_one_line_and_its_removal_chooses_anew(tmp_path):
+    path = tmp_path / "units.json"
+    path.mkdir()
+    with pytest.raises(InputError, match="remove the file, and the size is chosen anew"):
+        unit_size(path, ALONE, lambda: 8)
+    path.rmdir()
+    assert unit_size(path, ALONE, lambda: 8) == 8
+
+
+def test_every_size_that_can_be_chosen_can_be_read(tmp_path):
+    for largest in units.LARGEST.values():
+        assert largest in units.SIZES
+    for size in units.SIZES:
+        assert unit_size(tmp_path / f"{size}.json", ALONE, lambda size=size: size) == size

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from e2h.data import filesystem
+from e2h.data.remote import S3Path, place
+from e2h.reporting import metrics as metrics_module
 from e2h.reporting.metrics import METRICS, MetricWriter, ReleaseClass, read_curves
 
 SCALARS = [name for name, metric in METRICS.items() if metric.unit != "image"]
@@ -115,3 +118,19 @@ def test_tensorboard_and_torch_are_imported_only_by_a_writer():
     code = "import sys, e2h.reporting.metrics, e2h.reporting.check; print({'torch', 'tensorboard'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_run_in_a_bucket_gets_the_same_rows_and_curves(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_module, "COPY_EVERY_S", 0.0)
+    for root in (tmp_path, place(f"{bucket}/run")):
+        for start in (1, 3):  # a second writer goes on where the first one stopped
+            with MetricWriter(root) as metrics:
+                for step in (start, start + 1):
+                    metrics.scalar("warmup/loss", 1 / step, step)
+                if isinstance(root, S3Path):
+                    assert (root / "metrics.jsonl").read_text().count("\n") == start + 1
+    copied = tmp_path / "copied"
+    names = [name for name, _ in filesystem.list_files(f"{bucket}/run")]
+    filesystem.copy_files(f"{bucket}/run", copied, names)
+    assert read_curves(copied) == read_curves(tmp_path) == {"warmup/loss": [(s, 1 / s) for s in (1, 2, 3, 4)]}
+    assert sum(name.startswith("tb/releasable/") for name in names) == 2

@@ -1,0 +1,115 @@
+"""One driver a run: a file lock where the run lies in a folder, a renewed object where it lies in a bucket.
+
+What is held here keeps two drivers from writing each other's files. The budget does not hang on it: of two drivers the
+ledger lets the newest alone spend.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from e2h import s3
+from e2h.data.remote import Place, S3Path
+from e2h.errors import InputError
+
+NAME = ".lock"
+RENEWED_EVERY_S = 10.0
+STALE_AFTER_S = 60.0  # a holder that did not renew for so long is gone
+
+
+@contextmanager
+def only_driver(root: Place) -> Iterator[None]:
+    """Holds the run's lease while the block runs.
+
+    Raises:
+      InputError: if another process holds it, or the store gives no conditional writes.
+    """
+    with _locked(root / NAME) if isinstance(root, Path) else _leased(root / NAME):
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = path.read_text().strip()
+        os.close(descriptor)
+        raise _held(path, holder or "just started") from error
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{_self()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _leased(path: S3Path) -> Iterator[None]:
+    lease = _Lease(path)
+    with s3.explained(str(path.parent)):
+        lease.take()
+    stop = threading.Event()
+    thread = threading.Thread(target=lease.renew_until, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        lease.give_up()
+
+
+class _Lease:
+    """An object whose version (ETag) only its holder knows how to replace."""
+
+    def __init__(self, path: S3Path) -> None:
+        self.path, self.store, self.version = path, s3.client(), ""
+        self.content = f"{_self()} {secrets.token_hex(8)}".encode()
+
+    def take(self) -> None:
+        """Creates the object, or replaces one that its holder no longer renews."""
+        if self._put(IfNoneMatch="*"):
+            return
+        found = self.store.get_object(Bucket=self.path.bucket, Key=self.path.key)
+        holder = found["Body"].read().decode(errors="replace").rpartition(" ")[0]
+        # Both times are the store's: this machine's clock does not count.
+        now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+        silent = (now - found["LastModified"]).total_seconds()
+        if silent < STALE_AFTER_S or not self._put(IfMatch=found["ETag"]):
+            raise _held(self.path, f"{holder}, seen {max(0, round(silent))} s ago")
+
+    def renew_until(self, stop: threading.Event) -> None:
+        while not stop.wait(RENEWED_EVERY_S):
+            # A store that is away for a moment is no reason to end a run; nor is a lease lost to another driver: the
+            # ledger refuses this one's next charge and says who took over.
+            with suppress(Exception):
+                self._put(IfMatch=self.version)
+
+    def give_up(self) -> None:
+        with suppress(Exception):  # else it goes stale by itself
+            if self._put(IfMatch=self.version):
+                self.store.delete_object(Bucket=self.path.bucket, Key=self.path.key)
+
+    def _put(self, **condition: str) -> bool:
+        version = s3.put(self.store, self.path.bucket, self.path.key, self.content, **condition)
+        self.version = version or self.version
+        return version is not None
+
+
+def _self() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _held(path: Place, holder: str) -> InputError:
+    name = path.parent.name
+    return InputError(f"run.name={name}: another process ({holder}) is running it; wait, or use a new run.name")
