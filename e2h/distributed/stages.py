@@ -30,7 +30,8 @@ from e2h.data.sources import open_source
 from e2h.data.storage import Prepared, load_split, open_prepared
 from e2h.distributed import datasets
 from e2h.distributed.console import say, show_plan, training_status
-from e2h.distributed.training import PROGRESS_FILE, train_on_workers
+from e2h.distributed.progress import PROGRESS_FILE
+from e2h.distributed.training import train_on_workers
 from e2h.errors import BudgetError, InputError
 from e2h.evaluation.evaluate import evaluate as measure
 from e2h.privacy.accounting import epsilon

@@ -15,15 +15,12 @@ from e2h.curriculum.run import Run
 from e2h.curriculum.train import train
 from e2h.curriculum.workers import Workers
 from e2h.data.filesystem import remove, write_bytes
-from e2h.data.remote import Place, S3Path
+from e2h.data.remote import Place
 from e2h.distributed.failures import budget_refusal, refusal
+from e2h.distributed.progress import PROGRESS_FILE, Progress
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.events import Release
 from e2h.reporting.metrics import MetricWriter
-
-PROGRESS_FILE = "progress.json"
-PROGRESS_EVERY_S = 0.5
-PROGRESS_TO_BUCKET_EVERY_S = 5.0
 
 
 def train_on_workers(run: Run, release: Release) -> None:
@@ -88,7 +85,7 @@ def _worker(config: dict[str, Any]) -> None:
         return
     workers = Workers.current(ray.train.torch.get_device())
     metrics = MetricWriter(run.root, run.config.privacy.test_mode) if workers.rank == 0 else None
-    progress = _Progress(run.root / PROGRESS_FILE) if workers.rank == 0 else None
+    progress = Progress(run.root / PROGRESS_FILE) if workers.rank == 0 else None
     try:
         train(
             run,
@@ -108,17 +105,3 @@ def _worker(config: dict[str, Any]) -> None:
     finally:
         if metrics:
             metrics.close()
-
-
-class _Progress:
-    """Where the driver's status line reads from."""
-
-    def __init__(self, path: Place) -> None:
-        self.path, self.written = path, 0.0
-        self.interval = PROGRESS_TO_BUCKET_EVERY_S if isinstance(path, S3Path) else PROGRESS_EVERY_S
-
-    def update(self, stage: str, step: int) -> None:
-        now = time.monotonic()
-        if now - self.written >= self.interval:
-            self.written = now
-            write_bytes(self.path, json.dumps({"stage": stage, "step": step}).encode())
