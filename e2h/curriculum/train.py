@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,16 +19,23 @@ from e2h.curriculum.units import largest_that_fits, unit_size
 from e2h.curriculum.warmup import Report, warm_up
 from e2h.curriculum.workers import Workers
 from e2h.data.exports import read_hf_parquet
-from e2h.data.filesystem import write_bytes
-from e2h.data.remote import Place
+from e2h.data.filesystem import remove, write_bytes
 from e2h.data.mapping import map_split
+from e2h.data.remote import Place
 from e2h.data.storage import Prepared, open_prepared
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
 from e2h.privacy.events import Release
 
 
-def train(run: Run, release: Release, workers: Workers, report: Report, progress: Callable[[str, int], None]) -> None:
+def train(
+    run: Run,
+    release: Release,
+    workers: Workers,
+    report: Report,
+    progress: Callable[[str, int], None],
+    leaving: Callable[[], bool] = lambda: False,
+) -> None:
     """Trains the diffusion model of a run; call it on every worker. The same call resumes.
 
     Args:
@@ -35,13 +43,14 @@ def train(run: Run, release: Release, workers: Workers, report: Report, progress
       release: the accounted DP-SGD event.
       report: called on rank 0 as report(metric, value, step).
       progress: called on every worker as progress(stage, finished steps).
+      leaving: called on every worker after each step: whether a machine of the group was given notice.
     """
     # One thread a worker: sums inside a kernel then have one order, and a replay is bit-identical.
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
     prepared = open_prepared(run.prepared)
     network = new_network(run, prepared)
-    checkpoints = Checkpoints(run.checkpoints, run.training_binding)
+    checkpoints = Checkpoints(run.checkpoints, run.training_binding, leaving)
     config = run.config
     saved = checkpoints.latest("finetune")
     if config.central.enabled and saved is None:
@@ -75,6 +84,8 @@ def train(run: Run, release: Release, workers: Workers, report: Report, progress
             f"scaling.physical_batch_size={unit}: expected so many images to fit the memory, which others may use; "
             "run the same command where more is free, or begin another run.name with a smaller size"
         ) from error
+    if run.scratch != run.root:
+        remove(run.scratch / "prepared")  # of private images, nothing stays on a machine that was lent
     if workers.rank == 0:
         ema.copy_to(network)
         save_weights(run.weights, network, stamp(config))
@@ -96,11 +107,13 @@ def central_images(run: Run) -> tuple[np.ndarray, np.ndarray]:
 def fitting_unit(run: Run, network: UNet, workers: Workers) -> int:
     """The size of a work unit, chosen before the first private step and kept in the run (`e2h.curriculum.units`)."""
     data, settings = run.config.data, run.config.finetune
+    # An elastic group shares a machine's memory among more workers when it has grown.
+    grown = replace(workers, size=max(workers.size, run.config.scaling.num_workers))
     network.to(workers.device).train()
     return unit_size(
         run.root / "units.json",
         workers,
-        lambda: largest_that_fits(network, settings, data.image_size, data.channels, workers),
+        lambda: largest_that_fits(network, settings, data.image_size, data.channels, grown),
     )
 
 

@@ -21,8 +21,9 @@ from e2h.errors import BudgetError, InputError
 
 
 @pytest.fixture(autouse=True)
-def secret(monkeypatch):
+def surroundings(monkeypatch, tmp_path):
     monkeypatch.setenv("E2H_TEST_SECRET", bytes(range(32)).hex())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 def trained(storage: str, stop_at: int | None = None) -> tuple[bytes, bytes, tuple]:
@@ -43,7 +44,9 @@ def trained(storage: str, stop_at: int | None = None) -> tuple[bytes, bytes, tup
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
     with pytest.raises(Killed):
         trained(f"{bucket}/runs", stop_at=3)
-    assert trained(f"{bucket}/runs") == trained(str(tmp_path))
+    assert list(tmp_path.glob("e2h-*/*/prepared/*.npy"))
+    assert trained(f"{bucket}/runs") == trained(str(tmp_path / "runs"))
+    assert not list(tmp_path.glob("e2h-*/*/prepared"))  # nothing private stays on the machine
     names = [name for name, _ in list_files(f"{bucket}/runs")]
     for expected in (
         "config.yaml",
