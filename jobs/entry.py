@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from e2h.config import Config, differences, expect, validate
 from e2h.curriculum.run import Run, open_run, run_root
-from e2h.distributed.failures import budget_refusal, causes, refusal
+from e2h.distributed.failures import RunFailedError, budget_refusal, causes, noted, refusal
 from e2h.distributed.preflight import dry_run, preflight
 from e2h.distributed.session import session
 
@@ -31,7 +31,8 @@ def job(stages: Callable[[Run], None]) -> None:
 def configured(action: Callable[[Config], int]) -> None:
     """Calls `action` with the configuration of the command line, and exits with its code or one of DESIGN's.
 
-    0 done; 2 bad configuration or input; 3 the privacy budget refuses; 1 anything else (with its traceback).
+    0 done; 2 bad configuration or input; 3 the privacy budget refuses; 1 anything else (one line, and
+    the tracebacks in the run's `failure.txt`; outside a run with its traceback).
     """
     code = DONE
     ConfigStore.instance().store("schema", Config)
@@ -51,6 +52,8 @@ def configured(action: Callable[[Config], int]) -> None:
             code = action(_checked(values))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(_explain(error), BAD_INPUT)
+    except RunFailedError as error:
+        _refuse(str(error), FAULT)
     except Exception as error:
         if message := budget_refusal(error):
             _refuse(message, NO_BUDGET)
@@ -75,7 +78,7 @@ def _run(config: Config, stages: Callable[[Run], None]) -> int:
         dry_run(config, run_root(config))
         return DONE
     preflight(config)
-    with open_run(config) as run, session(config.scaling, run.scratch / "ray.log"):
+    with open_run(config) as run, noted(run.root), session(config.scaling, run.scratch / "ray.log"):
         stages(run)
     return DONE
 

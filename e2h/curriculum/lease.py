@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 from e2h import s3
 from e2h.data.remote import Place, S3Path
@@ -34,6 +35,43 @@ def only_driver(root: Place) -> Iterator[None]:
     """
     with _locked(root / NAME) if isinstance(root, Path) else _leased(root / NAME):
         yield
+
+
+def holder(root: Place) -> str | None:
+    """Who holds the run's lease at this moment, in words; None if nobody does. Nothing is written or kept.
+
+    Raises:
+      InputError: if the store can't be reached.
+    """
+    path = root / NAME
+    if isinstance(path, Path):
+        return _lock_holder(path)
+    with s3.explained(str(root)):
+        return _lease_holder(path)
+
+
+def _lock_holder(path: Path) -> str | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        # Shared, and for an instant: whoever looks at the same time is not told of a holder.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(descriptor, 1000).decode(errors="replace").strip() or "just started"
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _lease_holder(path: S3Path) -> str | None:
+    store = s3.client()
+    try:
+        name, silent = _seen(store.get_object(Bucket=path.bucket, Key=path.key))
+    except store.exceptions.NoSuchKey:
+        return None
+    return f"{name}, seen {silent:.0f} s ago" if silent < STALE_AFTER_S else None
 
 
 @contextmanager
@@ -81,12 +119,9 @@ class _Lease:
         if self._put(IfNoneMatch="*"):
             return
         found = self.store.get_object(Bucket=self.path.bucket, Key=self.path.key)
-        holder = found["Body"].read().decode(errors="replace").rpartition(" ")[0]
-        # Both times are the store's: this machine's clock does not count.
-        now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
-        silent = (now - found["LastModified"]).total_seconds()
+        name, silent = _seen(found)
         if silent < STALE_AFTER_S or not self._put(IfMatch=found["ETag"]):
-            raise _held(self.path, f"{holder}, seen {max(0, round(silent))} s ago")
+            raise _held(self.path, f"{name}, seen {silent:.0f} s ago")
 
     def renew_until(self, stop: threading.Event) -> None:
         while not stop.wait(RENEWED_EVERY_S):
@@ -104,6 +139,14 @@ class _Lease:
         version = s3.put(self.store, self.path.bucket, self.path.key, self.content, **condition)
         self.version = version or self.version
         return version is not None
+
+
+def _seen(found: dict[str, Any]) -> tuple[str, float]:
+    """The holder that a lease names, and the seconds since it was renewed."""
+    # Both times are the store's: this machine's clock does not count.
+    now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+    silent = max(0.0, (now - found["LastModified"]).total_seconds())
+    return found["Body"].read().decode(errors="replace").rpartition(" ")[0], silent
 
 
 def _self() -> str:

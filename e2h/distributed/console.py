@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 
 from e2h.config import Config
 from e2h.data.remote import Place
+from e2h.distributed.monitor import epsilon_after
+from e2h.distributed.progress import read_progress
 from e2h.privacy.plan import PrivacyPlan
 
 POLL_S = 0.5
@@ -65,11 +66,9 @@ class _Status:
 
     def follow(self, stop: threading.Event) -> None:
         while not stop.wait(POLL_S):
-            try:
-                now = json.loads(self.path.read_text())
-            except (OSError, ValueError):  # not there yet; in a bucket, replaced this moment
-                continue
-            self._show(self._line(now["stage"], now["step"]))
+            now = read_progress(self.path)
+            if now is not None and now[0] in self.totals:
+                self._show(self._line(now[0], now[1]))
         if self.live and self.width:
             print("\r" + " " * self.width + "\r", end="", flush=True)
 
@@ -78,12 +77,8 @@ class _Status:
         first_step, first_time = self.first.setdefault(stage, (step, now))
         rate = (step - first_step) / (now - first_time) if step > first_step else 0.0
         left = f"eta {_duration((total - step) / rate)}" if rate else "eta ?"
-        spent = f" eps {self._epsilon(step):.2f}/{self.target:.2f}" if stage == "finetune" else ""
+        spent = f" eps {epsilon_after(self.schedule, step):.2f}/{self.target:.2f}" if stage == "finetune" else ""
         return f"{stage:<10} step {step}/{total} {step / total:.0%}{spent} {rate * self.batch[stage]:.0f} img/s {left}"
-
-    def _epsilon(self, step: int) -> float:
-        # The next point of the schedule: never below what the steps done have cost.
-        return next((epsilon for paid, epsilon in self.schedule if paid >= step), self.schedule[-1][1])
 
     def _show(self, line: str) -> None:
         if self.live:

@@ -67,6 +67,7 @@ def refused(result: subprocess.CompletedProcess[str], *parts: str, code: int = 2
 def left(tmp_path: Path) -> list[Path]:
     """Files that a refused run left, but for what describes the call itself."""
     known = {".lock", "config.yaml", "command.txt", "environment.json", "ray.log", "prepared.building.rejected.jsonl"}
+    known |= {"failure.txt"}
     found = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     return [path for path in found if path.name not in known and path.parent.name != ".secrets"]
 

@@ -1,0 +1,98 @@
+"""A run's status as lines for a terminal, and what to do next."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from e2h.config import NOT_PRIVATE
+from e2h.reporting.facts import number, small, up
+from e2h.reporting.stages import Stage
+from e2h.reporting.status import Status
+
+SILENT_AFTER_S = 600.0
+
+
+def to_json(status: Status) -> dict[str, Any]:
+    """One object; epsilon `spent` is an upper bound."""
+    return {**asdict(status), "next": advice(status)}
+
+
+def lines(status: Status) -> list[str]:
+    """What a person wants to know who comes back in the morning."""
+    rows = [("run", status.run), ("", configuration(status.config))]
+    if status.config["not_private"]:
+        rows.append(("", NOT_PRIVATE))
+    rows.append(("driver", status.holder or "none: nobody is running it"))
+    if status.moved:
+        rows.append(("moved", f"{duration(status.moved[1])} ago ({status.moved[0]})"))
+    rows += [(stage.name, _stage(stage)) for stage in status.stages]
+    rows.append(("epsilon", _epsilon(status)))
+    if status.checkpoint:
+        rows.append(("checkpoint", f"{status.checkpoint[0]} step {status.checkpoint[1]}"))
+    rows += [("restarts", text) for text in _restarts(status)]
+    rows += [("ended", status.ended)] if status.ended else []
+    rows += [("refused", text) for text in status.refusals]
+    rows += [("problem", text) for text in status.problems]
+    rows.append(("next", advice(status)))
+    return [f"{name:<10} {text}" for name, text in rows]
+
+
+def configuration(known: dict[str, Any]) -> str:
+    """The settings that people know a run by, in one line."""
+    size = f"{known['image_size']}x{known['image_size']}x{known['channels']}"
+    batch = f"{known['expected_batch_size']} images x {known['noise_multiplicity']} noise draws"
+    return (
+        f"{known['data']} {size}, epsilon {number(known['epsilon'])} at delta {small(known['delta'])}, "
+        f"{known['finetune_steps']} DP-SGD steps of {batch}, {known['num_images']} synthetic images, "
+        f"seed {known['seed']}"
+    )
+
+
+def advice(status: Status) -> str:
+    """What to do next, in one line."""
+    again = f"the same command again: {status.command}" if status.command else "the same command again"
+    if status.altered:
+        return "nothing can be spent: put the ledger back as it was, or begin another run.name"
+    if status.holder:
+        silent = status.moved[1] if status.moved else 0.0
+        waited = f"nothing was written for {duration(silent)}: look at its log, and at Ray's (dashboard, ray.log)"
+        return "wait: it goes on" if silent < SILENT_AFTER_S else waited
+    if all(stage.state in ("done", "off") for stage in status.stages):
+        return f"publish {status.run}/release; first: python -m e2h check"
+    if status.refusals or (status.ended or "").startswith("refused"):
+        return f"mend what was refused, then run {again}"
+    if status.ended:
+        return f"read {status.run}/failure.txt, then run {again}"
+    return f"run {again}"
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 12 s, 3 min 4 s, 5 h 6 min, 7 d 8 h."""
+    whole = round(seconds)
+    for name, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= length:
+            return f"{whole // length} {name} {whole % length // part} {smaller}"
+    return f"{whole} s"
+
+
+def _stage(stage: Stage) -> str:
+    if stage.done is None or not stage.total or stage.state in ("off", "not begun", "done"):
+        return stage.state
+    unit = "shard" if stage.name == "sample" else "step"
+    return f"{stage.state}, {unit} {stage.done} of {stage.total}, {stage.done / stage.total:.0%}"
+
+
+def _epsilon(status: Status) -> str:
+    target = f"{number(status.epsilon['target'])} at delta {small(status.epsilon['delta'])}"
+    if "spent" not in status.epsilon:
+        return f"unknown: the ledger can't be read (target {target})"
+    steps = ", ".join(f"{name} {count}" for name, count in status.charged.items())
+    return f"{up(status.epsilon['spent'])} spent of {target}" + (f"; steps charged: {steps}" if steps else "")
+
+
+def _restarts(status: Status) -> list[str]:
+    group, later = status.worker_group_restarts, max(status.drivers - 1, 0)
+    told = [f"{group} of the worker group"] if group else []
+    told += [f"{later} of the driver"] if later else []
+    return [", ".join(told)] if told else []
