@@ -11,6 +11,7 @@ step begins with `begin_step`, which forgets what an interrupted one left behind
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,11 +23,17 @@ from torch import Tensor
 from e2h.privacy.clipped_sum import GRID_BITS, ClippedSum, check_clipping, clip_and_sum
 from e2h.privacy.noise import gaussian_noise
 
+Noise = dict[int, tuple[int, Tensor]]
+
 
 class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
     """Wraps an ordinary optimiser over parameters whose clipped gradient sums an engine, or Opacus, provides.
 
-    Noise shares. With S shares, each is rounded noise of variance sigma^2 C^2 / S, and worker r of W adds shares r,
+    Whose noise. With one share (the default) each worker makes the noise of its own part of the coordinates; every
+    coordinate is a function of its address, so the parts fit together for any number of workers. Making it can begin
+    with the step (`prepare_noise`), beside the gradients.
+
+    Noise shares. With S > 1 shares, each is rounded noise of variance sigma^2 C^2 / S, and worker r of W adds shares r,
     r + W, ...: where S >= W every worker's own sum is noisy before it leaves the machine, though with a part of the
     noise only. The shares are as good as one draw: a Gaussian whose standard deviation is above 2^20 steps, rounded
     to whole numbers, has the characteristic function of that Gaussian plus a uniform number on [-1/2, 1/2], up to less
@@ -72,15 +79,22 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
             raise ValueError(f"num_shares={num_shares}: expected 1, or as many as leave 2^20 grid steps to a share")
         self._noise_key, self._sum_integers = noise_key, sum_integers
         self._rank, self._num_workers, self._num_shares = rank, num_workers, num_shares
+        self._num_parts = num_workers if num_shares == 1 else num_shares
         self._num_coordinates = sum(p.numel() for p in self.params)
         self._steps_done = 0
         self._expected_examples: int | None = None
+        self._thread = ThreadPoolExecutor(1, "noise")
+        self._prepared: tuple[int, Future[Noise]] | None = None
         self._forget()
 
     def accumulate(self, clipped: ClippedSum) -> None:
         """Adds one micro-batch of this worker."""
         self._totals[: self._num_coordinates] += clipped.vector
         self._totals[self._num_coordinates] += clipped.count
+
+    def prepare_noise(self, step: int) -> None:
+        """Begins to make this worker's part of a step's noise, in a thread of its own; nothing else depends on it."""
+        self._prepared = step, self._thread.submit(self._own_noise, step)
 
     def step_private(self, step: int, num_examples: int) -> None:
         """One accounted step: reduce, noise once, divide by the expected batch, update.
@@ -151,8 +165,9 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
         super().load_state_dict(content)
 
     def _forget(self) -> None:
-        # Layout: clipped sum | examples | noise shares | step number + 1 | its square.
-        self._totals = torch.zeros(self._num_coordinates + 4, dtype=torch.int64, device=self.params[0].device)
+        # Layout: clipped sum | examples | step number + 1 | its square | how often each part of the noise entered.
+        length = self._num_coordinates + 3 + self._num_parts
+        self._totals = torch.zeros(length, dtype=torch.int64, device=self.params[0].device)
 
     def _reduce(self, step: int) -> None:
         """Sums over workers with noise; raises, and forgets, if the counters don't add up."""
@@ -163,28 +178,44 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
             raise RuntimeError(
                 f"step {step}: was made before, and its noise must not serve twice; nothing was released"
             )
-        for share in range(self._rank, self._num_shares, self._num_workers):
-            self._totals[:size] += self._noise(step, share)
-            self._totals[size + 1] += 1
-        self._totals[size + 2] = step + 1
-        self._totals[size + 3] = (step + 1) ** 2
+        for part, (first, noise) in self._take_noise(step).items():
+            self._totals[first : first + len(noise)] += noise.to(self._totals.device)
+            self._totals[size + 3 + part] += 1
+        self._totals[size + 1] = step + 1
+        self._totals[size + 2] = (step + 1) ** 2
         self._sum_integers(self._totals)
         counters = self._totals[size:].tolist()
         # A sum of numbers and that of their squares agree with one number only if all are that number.
         workers = self._num_workers
-        expected = [examples, self._num_shares, workers * (step + 1), workers * (step + 1) ** 2]
+        expected = [examples, workers * (step + 1), workers * (step + 1) ** 2, *[1] * self._num_parts]
         if counters != expected:
             self._is_last_step_skipped = False
             self.zero_grad()
             raise RuntimeError(f"step {step}: counters {counters}, expected {expected}; nothing was released")
         self._steps_done, self._expected_examples = step + 1, None
 
-    def _noise(self, step: int, share: int) -> Tensor:
+    def _take_noise(self, step: int) -> Noise:
+        prepared, self._prepared = self._prepared, None
+        return prepared[1].result() if prepared is not None and prepared[0] == step else self._own_noise(step)
+
+    def _own_noise(self, step: int) -> Noise:
+        """This worker's parts of the noise: the part's number, its first coordinate, and int64 values on the CPU."""
         # In grid steps the sensitivity is 2^GRID_BITS, so all shares make noise_multiplier * max_grad_norm.
         standard_deviation = self.noise_multiplier * 2.0**GRID_BITS / self._num_shares**0.5
-        start = share * self._num_coordinates
-        noise = gaussian_noise(self._noise_key(step), start, start + self._num_coordinates, standard_deviation)
-        return torch.from_numpy(noise).to(self._totals.device)
+        key, found = self._noise_key(step), {}
+        for part in range(self._rank, self._num_parts, self._num_workers):
+            share, first, stop = self._addresses(part)
+            start = share * self._num_coordinates
+            noise = gaussian_noise(key, start + first, start + stop, standard_deviation)
+            found[part] = first, torch.from_numpy(noise)
+        return found
+
+    def _addresses(self, part: int) -> tuple[int, int, int]:
+        """Share and coordinates of a part: a whole share, or with one share the worker's own coordinates."""
+        size = self._num_coordinates
+        if self._num_shares > 1:
+            return part, 0, size
+        return 0, size * part // self._num_parts, size * (part + 1) // self._num_parts
 
     def _write_gradients(self, num_batches: int = 1) -> None:
         scale = self.max_grad_norm * 2.0**-GRID_BITS / (self.expected_batch_size * num_batches)

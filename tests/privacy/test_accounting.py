@@ -114,6 +114,22 @@ def test_the_search_ends_on_the_safe_side_of_any_falling_cost(power, step):
             assert cost(found) >= (1 - TOLERANCE) * target or cost(found / (1 + 1e-6)) > target
 
 
+def test_less_budget_more_steps_and_a_louder_easy_stage_take_more_noise():
+    def noise(target=1.0, num_steps=10, easy=12.0):
+        event = PoissonSampledGaussian(0.1, 1.0, num_steps)
+        return calibrate([central(0.5, easy, 2)], "finetune", event, target, 1e-4).event.noise_multiplier
+
+    usual = noise()
+    for more in (noise(target=0.8), noise(num_steps=20), noise(easy=5.0)):
+        assert more > 1.01 * usual
+
+
+def test_equal_phases_may_be_merged_or_split():
+    for count in (1, 7, 19):
+        parts = [SMALL[0], finetune(0.1, 4.0, count), finetune(0.1, 4.0, 20 - count)]
+        assert epsilon(parts, 1e-5).epsilon == pytest.approx(epsilon(SMALL, 1e-5).epsilon, rel=2e-3)
+
+
 def test_one_gaussian_query_is_calibrated_as_its_closed_form_says():
     # Balle and Wang 2018, Eq. 6: the exact delta of the Gaussian mechanism.
     def delta(sigma):

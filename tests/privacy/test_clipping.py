@@ -26,7 +26,7 @@ HOSTILE = {
 @pytest.mark.parametrize("max_norm", [1e-3, 2.5, 1e6])
 @pytest.mark.parametrize("rows", HOSTILE.values(), ids=HOSTILE)
 def test_a_clipped_row_stays_within_its_norm_exactly(rows, max_norm):
-    clipped = clip_to_grid(rows, max_norm, BITS)
+    clipped = clip_to_grid(rows, max_norm, 2.0**BITS)
     assert (clipped == np.trunc(clipped)).all()
     for row in clipped.astype(np.int64).tolist():
         assert sum(value * value for value in row) <= 4**BITS  # in whole numbers: no rounding of the check
@@ -40,32 +40,45 @@ def test_clipping_keeps_what_is_small_and_the_direction_of_what_is_large():
     expected = rows * np.minimum(1, 5.5 / norms)
     assert (norms < 5.5).any()
     assert (norms > 5.5).any()
-    clipped = clip_to_grid(rows, 5.5, BITS) * 5.5 * 2.0**-BITS
+    clipped = clip_to_grid(rows, 5.5, 2.0**BITS) * 5.5 * 2.0**-BITS
     assert np.abs(clipped - expected).max() <= 5.5 * 2.0**-BITS * (1 + 1e-6)
-    huge = clip_to_grid(np.array([[3e200, -4e200]]), 1.0, BITS)
+    huge = clip_to_grid(np.array([[3e200, -4e200]]), 1.0, 2.0**BITS)
     assert np.abs(huge - [[0.6 * 2**BITS, -0.8 * 2**BITS]]).max() <= 1
 
 
 def test_a_bad_row_changes_no_other():
     rows = HOSTILE["ordinary"].copy()
-    expected = clip_to_grid(rows, 2.5, BITS)
+    expected = clip_to_grid(rows, 2.5, 2.0**BITS)
     rows[7, 3] = np.nan
-    clipped = clip_to_grid(rows, 2.5, BITS)
+    clipped = clip_to_grid(rows, 2.5, 2.0**BITS)
     expected[7] = 0
     assert (clipped == expected).all()
 
 
 def test_neighbouring_sums_differ_by_at_most_the_norm():
     rows = np.concatenate([*HOSTILE.values()])
-    total = clip_to_grid(rows, 2.5, BITS).sum(axis=0)
+    total = clip_to_grid(rows, 2.5, 2.0**BITS).sum(axis=0)
     lengths = []
     for missing in range(len(rows)):
-        other = clip_to_grid(np.delete(rows, missing, axis=0), 2.5, BITS).sum(axis=0)
+        other = clip_to_grid(np.delete(rows, missing, axis=0), 2.5, 2.0**BITS).sum(axis=0)
         lengths.append(np.linalg.norm(total - other) * 2.0**-BITS)
     assert max(lengths) <= 1
     assert max(lengths) > 0.999
 
 
 def test_sums_do_not_depend_on_the_order():
-    rows = clip_to_grid(np.random.default_rng(2).standard_normal((5000, 8)) * 100, 3.0, BITS)
+    rows = clip_to_grid(np.random.default_rng(2).standard_normal((5000, 8)) * 100, 3.0, 2.0**BITS)
     assert (rows.sum(axis=0) == rows[::-1].cumsum(axis=0)[-1]).all()
+
+
+def test_whole_numbers_are_clipped_to_the_same_bits_in_any_order():
+    """Each grid puts the first entry on a step: the last bit of the norm decides whether it is reached."""
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        row = rng.integers(-510, 511, 400).astype(float)
+        row[0] = row[0] or 7.0
+        num_steps = 1000 * np.sqrt((row**2).sum()) / abs(row[0]) / (1 - 2.0**-30)
+        orders = np.stack([np.arange(400), *(rng.permutation(400) for _ in range(4))])
+        clipped = clip_to_grid(row[orders], 1.0, num_steps)
+        back = np.take_along_axis(clipped, orders.argsort(axis=1), axis=1)
+        assert (back == back[0]).all()

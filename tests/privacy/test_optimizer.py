@@ -91,16 +91,16 @@ def flat(network: nn.Module) -> Tensor:
 
 
 def train(size: int, num_steps: int = 4, num_shares: int = 1) -> list[Tensor]:
-    """Parameters on each worker after steps of 0, 5, 10, ... micro-batches: the first draw is empty."""
+    """Parameters on each worker after steps of 0, 1, 4, 9, ... micro-batches: of all, then of all but one, empty."""
     group = Group(size)
 
     def worker(rank: int) -> Tensor:
         network = new_network()
         optimizer = new_optimizer(network, group, rank, num_shares=num_shares)
         for step in range(num_steps):
-            for unit in range(rank, 5 * step, size):
+            for unit in range(rank, step**2, size):
                 optimizer.accumulate(clipped(network, 100 * step + unit, count=3))
-            optimizer.step_private(step, 15 * step)
+            optimizer.step_private(step, 3 * step**2)
         return flat(network)
 
     return group.run(worker)
@@ -115,13 +115,28 @@ def test_any_number_of_workers_gives_the_same_bits(num_shares):
             assert torch.equal(parameters, alone)
 
 
+@pytest.mark.parametrize("num_shares", [1, 3])
+def test_noise_that_was_prepared_is_that_of_its_own_step(num_shares):
+    def trained(prepare) -> Tensor:
+        network = new_network()
+        optimizer = new_optimizer(network, Group(1), 0, num_shares=num_shares)
+        for step in range(3):
+            prepare(optimizer, step)
+            optimizer.step_private(step, 0)
+        return flat(network)
+
+    plain = trained(lambda optimizer, step: None)
+    assert torch.equal(trained(lambda optimizer, step: optimizer.prepare_noise(step)), plain)
+    assert torch.equal(trained(lambda optimizer, step: optimizer.prepare_noise(step + 1)), plain)
+
+
 def sent_by(size: int, num_shares: int) -> list[Tensor]:
     """What each worker of an empty step gives to the reduction, in units of the noise's standard deviation."""
-    group, sent = Group(size), [torch.empty(0)] * size
+    group, sent, num_coordinates = Group(size), [torch.empty(0)] * size, len(flat(new_network(300)))
 
     def worker(rank: int) -> None:
         def reduce(values: Tensor) -> None:
-            sent[rank] = values[:-4].double() / (SIGMA * 2.0**GRID_BITS)
+            sent[rank] = values[:num_coordinates].double() / (SIGMA * 2.0**GRID_BITS)
             add(values)
 
         add = group.sum_integers(rank)
@@ -135,9 +150,15 @@ def test_with_shares_for_all_every_worker_sends_a_noisy_sum():
     """A share of four workers' has half the standard deviation; a right one fails five sigma once in a million keys."""
     for part in sent_by(4, num_shares=4):
         assert abs(float(part.std()) - 0.5) < 5 * 0.5 / np.sqrt(2 * len(part))
-    alone, *others = sent_by(4, num_shares=1)
-    assert abs(float(alone.std()) - 1) < 5 / np.sqrt(2 * len(alone))
-    assert all((part == 0).all() for part in others)
+
+
+def test_with_one_share_each_worker_makes_the_noise_of_its_own_coordinates():
+    (whole,) = sent_by(1, num_shares=1)
+    for size in (2, 3, 4):
+        parts = sent_by(size, num_shares=1)
+        assert torch.equal(sum(parts), whole)  # whatever their number: the same bits
+        assert ((torch.stack(parts) != 0).sum(0) <= 1).all()
+        assert [abs(int((part != 0).sum()) - len(whole) / size) < 2 for part in parts] == [True] * size
 
 
 def test_shares_are_independent_and_add_up_to_the_accounted_noise():
