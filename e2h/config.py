@@ -143,6 +143,7 @@ class ScalingConfig:
 
     name: str = "local"
     num_workers: int = 2
+    min_workers: int | None = None  # elastic: train with as few, grow to num_workers; none: always num_workers
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     physical_batch_size: int | None = None  # work unit, in images; none: what fits the memory, up to 64 (GPU 256)
@@ -296,15 +297,8 @@ def _validate_training(config: Config) -> None:
     expect(warmup.max_shift >= 0, "warmup.max_shift", warmup.max_shift, "a number of pixels of at least 0")
     _positive_int(warmup, "warmup", "batch_size")
     _positive(warmup, "warmup", "learning_rate")
-    _positive_int(
-        finetune,
-        "finetune",
-        "num_steps",
-        "expected_batch_size",
-        "noise_multiplicity",
-        "ledger_block",
-        "checkpoint_every",
-    )
+    _positive_int(finetune, "finetune", "num_steps", "expected_batch_size", "noise_multiplicity")
+    _positive_int(finetune, "finetune", "ledger_block", "checkpoint_every")
     _positive(finetune, "finetune", "max_grad_norm", "norm_threshold", "learning_rate")
     _share(warmup, "warmup", "label_dropout")
     _share(finetune, "finetune", "label_dropout", "ema_decay")
@@ -328,6 +322,9 @@ def _validate_outputs(config: Config) -> None:
         _choice("evaluation.classifiers", name, ("logistic_regression", "mlp", "cnn"))
     _positive_int(config.evaluation, "evaluation", "cnn_epochs", "max_feature_records")
     _positive_int(scaling, "scaling", "num_workers")
+    fewest = scaling.min_workers
+    between = fewest is None or 1 <= fewest <= scaling.num_workers
+    expect(between, "scaling.min_workers", fewest, f"1 to scaling.num_workers={scaling.num_workers}, or none")
     if scaling.physical_batch_size is not None:
         _positive_int(scaling, "scaling", "physical_batch_size")
     expect(scaling.max_failures >= 0, "scaling.max_failures", scaling.max_failures, "a whole number of at least 0")

@@ -173,6 +173,7 @@ REFUSED = [
     ("sampling.class_fractions", [0.5, 0.6]),
     ("sampling.class_fractions", [1.5, -0.5]),
     ("scaling.num_workers", 0),
+    *(("scaling.min_workers", value) for value in (0, 3)),  # num_workers is 2
     ("scaling.physical_batch_size", 0),
     ("run.storage", ""),
     ("run.name", "a/b"),

@@ -7,6 +7,8 @@ steps are addressed, so those that are taken again give the same bits.
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +19,8 @@ from e2h.data.remote import Place
 from e2h.errors import InputError
 
 FORMAT = "e2h-checkpoint-1"
+# A kill costs at most a minute of work: so much, and a quarter of a minute to write it.
+EVERY_S = 45.0
 KEYS = {"format", "binding", "stage", "step", "state"}
 
 
@@ -26,13 +30,28 @@ class Checkpoints:
     Args:
       folder: created if absent, owner-only.
       binding: digest of what the weights depend on; a checkpoint of another binding is refused.
+      leaving: whether a machine of the group was given notice. A question to all workers: each asks it after each step.
     """
 
-    def __init__(self, folder: Place, binding: str) -> None:
-        self.folder, self.binding = folder, binding
+    def __init__(self, folder: Place, binding: str, leaving: Callable[[], bool] = lambda: False) -> None:
+        self.folder, self.binding, self.leaving = folder, binding, leaving
+        self.saved = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def due(self, step: int, every: int, last: int) -> bool:
+        """Whether to save the state after `step` steps; call it on every worker after each step.
+
+        Always after the last step. Otherwise after `every` steps, when `EVERY_S` have passed, or as often as can be
+        once a machine of the group must leave; but never while one is being written: no step waits for the store.
+        """
+        leaving = self.leaving()
+        if step == last:
+            return True
+        if self._writing is not None and not self._writing.done():
+            return False
+        return leaving or step % every == 0 or time.monotonic() - self.saved >= EVERY_S
 
     def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
         """Writes the state after `step` steps of a stage: begun when it returns, durable after the next `wait`.
@@ -41,6 +60,7 @@ class Checkpoints:
           OSError: that the one before could not be written.
         """
         self.wait()
+        self.saved = time.monotonic()
         content = {"format": FORMAT, "binding": self.binding, "stage": stage, "step": step, "state": state}
         buffer = io.BytesIO()
         torch.save(content, buffer)  # in memory: on a full disk torch's writer hides the reason

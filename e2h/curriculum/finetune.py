@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from e2h.config import FinetuneConfig
+from e2h.config import FinetuneConfig, digest
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.warmup import Report
@@ -83,11 +83,14 @@ def finetune(
     adam = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
     optimizer = private_optimizer(adam, settings, private, workers)
     first = _resume(network, ema, optimizer, private, checkpoints)
+    # Contributions to two draws in one sum would be noised and paid for as one step of one draw.
+    workers.agree(digest([private.domain, first]), "checkpoints or domains")
     engine = private_engine(network, micro_batch_loss, settings)
     event, paid_until = private.release.event, first
     for step in range(first, event.count):
         if step >= paid_until:
             paid_until = pay(private, step, settings.ledger_block, workers)
+        optimizer.prepare_noise(step)
         selected = draw(private, step, records)
         clipped = sum_units(
             engine, optimizer, network, records, selected, settings, seed, step, physical_batch_size, workers
@@ -238,6 +241,7 @@ def _finish_step(
     checkpoints: Checkpoints,
     report: Report,
 ) -> None:
+    due = checkpoints.due(done, settings.checkpoint_every, private.release.event.count)
     if workers.rank != 0:
         return
     if clipped:
@@ -245,7 +249,7 @@ def _finish_step(
         norms = torch.cat([c.norms for c in clipped])
         report("finetune/loss", float(torch.cat([c.losses for c in clipped]).mean()), done)
         report("finetune/clipped_fraction", float((norms > settings.max_grad_norm).float().mean()), done)
-    if done % settings.checkpoint_every == 0 or done == private.release.event.count:
+    if due:
         state = {
             "network": network.state_dict(),
             "ema": ema.state_dict(),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2h.config import WarmupConfig
+from e2h.config import WarmupConfig, digest
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.workers import Workers, on_grid
@@ -51,6 +51,7 @@ def warm_up(
         first, state = saved
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
+    workers.agree(digest(first), "checkpoints")
     parameters = list(network.parameters())
     network.to(workers.device).train()
     for step in range(first, warmup.num_steps):
@@ -60,7 +61,7 @@ def warm_up(
         done = step + 1
         if workers.rank == 0 and (done % REPORT_EVERY == 0 or done == warmup.num_steps):
             report("warmup/loss", loss, done)
-        if workers.rank == 0 and (done % CHECKPOINT_EVERY == 0 or done == warmup.num_steps):
+        if checkpoints.due(done, CHECKPOINT_EVERY, warmup.num_steps) and workers.rank == 0:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoints.save(STAGE, done, state)
         progress(done)

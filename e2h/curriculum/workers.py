@@ -46,6 +46,14 @@ class Workers:
         self.sum_integers(rows)
         return sorted({bytes(row).hex() for row in rows.tolist()})
 
+    def agree(self, digest: str, on: str) -> None:
+        """Raises RuntimeError on every worker unless all hold the same hexadecimal digest.
+
+        A group that starts while a worker of the one before still writes may read two states.
+        """
+        if len(self.distinct(digest)) > 1:
+            raise RuntimeError(f"the workers of the group hold different {on}; the group must start anew")
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter], units: list[Tensor]) -> None:
         """Writes to `grad` the sum of all units of all workers; bit-identical for any number of them.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,7 @@ from e2h.data import filesystem
 from e2h.data.images import CorruptImage, decode, fit
 from e2h.data.records import RawRecord, Shard, Source, path_error, record_id, record_split, upscale_error
 from e2h.data.sources import read_shard
-from e2h.data.storage import SPLITS, Manifest, PreparedFile, Row, read_ids, write_manifest, write_rows
+from e2h.data.storage import SPLITS, Manifest, PreparedFile, Row, RowWriter, read_ids, row_writer, write_manifest
 from e2h.errors import InputError
 
 MIN_TRAIN_IMAGES = 2  # a class
@@ -65,26 +66,33 @@ def prepare_shard(shard: Shard, data: DataConfig, folder: filesystem.Location, i
     """
     filesystem.make_folder(folder)
     stats = ShardStats(index)
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for record in read_shard(shard, data):
-        split = record_split(record.name, shard, data.test_fraction)
-        stats.listed[split] += 1
-        try:
-            image = _pixels(record)
-        except CorruptImage as error:
-            stats.rejected.append({"name": record.name, "reason": str(error)})
-            continue
-        height, width = image.shape[:2]
-        stats.add(split, record.label, (height * width, height, width, record.name))
-        fitted = fit(image, data.image_size, data.channels)
-        rows[split].append((record_id(record.name), record.label, fitted.tobytes()))
-    for split in SPLITS:
-        if rows[split]:
-            location = filesystem.join(folder, _file_name(split, index))
-            stats.digests[split] = write_rows(
-                location, rows[split], (data.image_size, data.channels), shard.class_names
-            )
+    with ExitStack() as stack:  # after an exception neither file appears
+        writers: dict[str, RowWriter] = {}
+        for record in read_shard(shard, data):
+            split = record_split(record.name, shard, data.test_fraction)
+            row = _fitted(record, split, data, stats)
+            if row is None:
+                continue
+            if split not in writers:
+                location = filesystem.join(folder, _file_name(split, index))
+                writer = row_writer(location, (data.image_size, data.channels), shard.class_names)
+                writers[split] = stack.enter_context(writer)
+            writers[split].add(row)
+    stats.digests = {split: writer.digest() for split, writer in writers.items()}
     return stats
+
+
+def _fitted(record: RawRecord, split: str, data: DataConfig, stats: ShardStats) -> Row | None:
+    """The record's row, or None if it is corrupt; counted either way."""
+    stats.listed[split] += 1
+    try:
+        image = _pixels(record)
+    except CorruptImage as error:
+        stats.rejected.append({"name": record.name, "reason": str(error)})
+        return None
+    height, width = image.shape[:2]
+    stats.add(split, record.label, (height * width, height, width, record.name))
+    return record_id(record.name), record.label, fit(image, data.image_size, data.channels).tobytes()
 
 
 def _pixels(record: RawRecord) -> np.ndarray:

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from e2h.errors import InputError
 SPLITS = ("train", "test")
 FORMAT = "e2h-prepared/1"
 BATCH = 1024  # rows read at a time
+ROW_GROUP_BYTES = 16 * 2**20  # of pixels
 
 Row = tuple[int, int, bytes]  # id, label, pixels (HWC)
 
@@ -73,6 +74,12 @@ class Prepared:
         """The split's files in row order."""
         return [filesystem.join(self.folder, file.name) for file in self.manifest.files[split]]
 
+    def shape(self, split: str) -> tuple[int, int, int, int]:
+        """[rows, H, W, C] of the split's images."""
+        facts = self.manifest
+        rows = facts.num_train if split == "train" else facts.num_test
+        return rows, facts.image_size, facts.image_size, facts.channels
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -86,40 +93,61 @@ class ImageSet:
         return len(self.ids)
 
 
-def write_rows(
-    location: filesystem.Location, rows: Sequence[Row], shape: tuple[int, int], class_names: Sequence[str]
-) -> str:
-    """Writes one shard and returns the digest of its rows.
+class RowWriter:
+    """Writes the rows of one shard, a row group at a time, and digests them; from `row_writer`."""
+
+    def __init__(self, parquet: pq.ParquetWriter) -> None:
+        self._parquet, self._digest, self._pending = parquet, hashlib.sha256(), list[Row]()
+        self._group = max(1, ROW_GROUP_BYTES // parquet.schema.field("image").type.byte_width)
+
+    def add(self, row: Row) -> None:
+        identity, label, pixels = row
+        self._digest.update(identity.to_bytes(8, "little") + label.to_bytes(4, "little"))
+        self._digest.update(pixels)
+        self._pending.append(row)
+        if len(self._pending) == self._group:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits for a row group to be full."""
+        if self._pending:
+            columns = zip(self._parquet.schema.types, zip(*self._pending, strict=True), strict=True)
+            arrays = [pa.array(values, kind) for kind, values in columns]
+            self._parquet.write_table(pa.Table.from_arrays(arrays, schema=self._parquet.schema))
+            self._pending.clear()
+
+    def digest(self) -> str:
+        """SHA-256 over id (8 bytes, little-endian), label (4) and pixels of each row.
+
+        Of the rows, because Parquet's own bytes differ from version to version.
+        """
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def row_writer(
+    location: filesystem.Location, shape: tuple[int, int], class_names: Sequence[str]
+) -> Iterator[RowWriter]:
+    """A writer of one shard in the memory of a row group; the file appears when the block ends without an exception.
 
     Args:
       location: where to; replaced atomically.
-      rows: at least one.
       shape: image size and channels.
       class_names: public.
     """
-    ids, labels, images = zip(*rows, strict=True)
     image_size, channels = shape
     facts = {"image_size": image_size, "channels": channels, "dtype": "uint8", "class_names": list(class_names)}
-    columns = {
-        "id": pa.array(ids, pa.int64()),
-        "label": pa.array(labels, pa.int32()),
-        "image": pa.array(images, pa.binary(image_size * image_size * channels)),
-    }
-    table = pa.table(columns).replace_schema_metadata({"e2h": json.dumps(facts)})
-    with filesystem.atomic_writer(location) as file:
-        pq.write_table(table, file, compression="zstd")
-    return digest_rows(rows)
-
-
-def digest_rows(rows: Iterable[Row]) -> str:
-    """SHA-256 over id (8 bytes, little-endian), label (4) and pixels of each row.
-
-    Of the rows, because Parquet's own bytes differ from version to version.
-    """
-    total = hashlib.sha256()
-    for identity, label, image in rows:
-        total.update(identity.to_bytes(8, "little") + label.to_bytes(4, "little") + image)
-    return total.hexdigest()
+    columns = [("id", pa.int64()), ("label", pa.int32()), ("image", pa.binary(image_size * image_size * channels))]
+    schema = pa.schema(columns, {"e2h": json.dumps(facts)})
+    # A dictionary of images would only be filled and given up.
+    dictionary = ["label"]
+    with (
+        filesystem.atomic_writer(location) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=dictionary) as parquet,
+    ):
+        writer = RowWriter(parquet)
+        yield writer
+        writer.flush()
 
 
 def read_ids(location: filesystem.Location) -> np.ndarray:
@@ -182,8 +210,8 @@ def _fixed_bytes(column: pa.FixedSizeBinaryArray) -> np.ndarray:
 
 def load_split(prepared: Prepared, split: str) -> ImageSet:
     """Loads a whole split into memory; rows in the order of the files."""
-    ids, labels = _load_labels(prepared, split)
-    images = np.empty(_shape(prepared, split), dtype=np.uint8)
+    ids, labels = load_labels(prepared, split)
+    images = np.empty(prepared.shape(split), dtype=np.uint8)
     start = 0
     for batch in iter_batches(prepared.paths(split), BATCH):
         images[start : start + len(batch)] = batch.images
@@ -191,13 +219,7 @@ def load_split(prepared: Prepared, split: str) -> ImageSet:
     return ImageSet(ids, labels, images)
 
 
-def _shape(prepared: Prepared, split: str) -> tuple[int, int, int, int]:
-    manifest = prepared.manifest
-    rows = manifest.num_train if split == "train" else manifest.num_test
-    return rows, manifest.image_size, manifest.image_size, manifest.channels
-
-
-def _load_labels(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
+def load_labels(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels of a split, both int64 [N]."""
     ids, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for location in prepared.paths(split):
@@ -206,45 +228,3 @@ def _load_labels(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray
         ids.append(table["id"].to_numpy())
         labels.append(table["label"].to_numpy())
     return np.concatenate(ids), np.concatenate(labels)
-
-
-def map_split(prepared: Prepared, split: str, cache_folder: str | os.PathLike[str]) -> ImageSet:
-    """A split whose images stay on disk: reading an image costs page faults only, processes of a node share the pages.
-
-    The first call writes the images once as an uncompressed .npy file; its name carries the digest of the rows.
-    Several processes may do so at once: each writes its own temporary file, the last rename wins, all are equal.
-
-    Args:
-      prepared: where to read.
-      split: `train` or `test`.
-      cache_folder: local; created owner-only if absent.
-
-    Returns:
-      ids and labels in memory, images mapped read-only.
-    """
-    path = Path(cache_folder).absolute() / f"{split}-{prepared.manifest.digest[:32]}.npy"
-    ids, labels = _load_labels(prepared, split)
-    if not path.exists():
-        filesystem.make_folder(path.parent)
-        _write_npy(path, prepared, split)
-    return ImageSet(ids, labels, _map_npy(path, _shape(prepared, split)))
-
-
-def _map_npy(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        # An empty file can't be mapped.
-        images = np.load(path, mmap_mode="r" if shape[0] else None)
-    except ValueError as error:
-        raise InputError(f"file={path}: expected a .npy file ({error}); delete it") from error
-    if images.shape != shape or images.dtype != np.uint8:
-        raise InputError(f"file={path}: expected uint8 images of shape {shape}; delete it")
-    return images
-
-
-def _write_npy(path: Path, prepared: Prepared, split: str) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": _shape(prepared, split)}
-    # Written, not mapped: a full disk then raises an error instead of killing the process.
-    with filesystem.atomic_writer(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for batch in iter_batches(prepared.paths(split), BATCH):
-            file.write(batch.images.tobytes())

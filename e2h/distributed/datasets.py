@@ -1,4 +1,4 @@
-"""Ray Data jobs: one row a shard of work, which a task or actor does whole and answers with a few bytes.
+"""Work on Ray, a shard or some at a time, which a task or actor does whole and answers once.
 
 Tasks write their own files under names that follow from the shard, atomically: a task that runs twice leaves the same
 file once. What a task must refuse comes back as a value, so that the user reads one line and no traceback.
@@ -26,7 +26,10 @@ from e2h.errors import InputError
 from e2h.privacy.keys import derive_key
 
 Row = dict[str, Any]
-BLOCK_RECORDS = 2048
+BLOCK_RECORDS, BLOCK_BYTES = 4096, 64 * 2**20  # of pixels, read at a time
+TASK_RECORDS = 65536  # of the central pass, where the processors alone would ask for larger ones
+TASKS_PER_CPU = 4
+TASK_RETRIES = 10  # machines that vanish are ordinary; a crash that comes back each time is not
 
 
 def prepare_shards(source: Source, data: DataConfig, folder: str) -> list[ShardStats]:
@@ -47,29 +50,68 @@ def prepare_shards(source: Source, data: DataConfig, folder: str) -> list[ShardS
 def central_sums(run: Run, prepared: Prepared, query: CentralQuery, domain: str) -> np.ndarray:
     """Exact sums of the central query over the training split, without noise: int64, sensitive.
 
-    One pass over the data for all rounds; the sums of files add up in any order.
+    One pass over the data for all rounds, in few large tasks. Each adds up its files and answers once; answers are
+    whole numbers and are merged as they come. A task that is lost runs again: its answer is the same, and counts once.
+    Which machine a task runs on doesn't matter: a record's whole numbers are the same on all (`CentralQuery.encode`).
     """
-    paths = prepared.paths("train")
 
-    def partial_sums(row: Row) -> Row:
+    @ray.remote(num_cpus=1, max_retries=TASK_RETRIES)
+    def partial_sums(paths: list[str]) -> Row:
         # The secret is resolved where it is used: it never enters the object store.
-        key = derive_key(run.secret(), "central/sampling", domain)
-        return _answer(lambda: _file_sums(row["path"], query, key))
+        return _refusing(lambda: _file_sums(paths, query, derive_key(run.secret(), "central/sampling", domain)))
 
-    total, num_records = np.zeros((query.event.count, query.num_groups, query.dimension), np.int64), 0
-    for part, count in _values(_tasks([{"path": path} for path in paths]).map(partial_sums)):
-        total, num_records = total + part, num_records + count
+    total, num_records = query.zero_sums(), 0
+    for part, count in _answers(partial_sums, _shares(prepared)):
+        num_records += count
+        total += part
     if num_records != prepared.manifest.num_train:
         raise RuntimeError(f"the pass saw {num_records} records of {prepared.manifest.num_train}; nothing was released")
     return total
 
 
-def _file_sums(path: str, query: CentralQuery, key: bytes) -> tuple[np.ndarray, int]:
-    """Sums over one file, and how many records it has."""
-    total, count = np.zeros((query.event.count, query.num_groups, query.dimension), np.int64), 0
-    for block in iter_batches([path], BLOCK_RECORDS):
-        total, count = total + query.partial_sums(block.images, block.labels, block.ids, key), count + len(block)
+def _shares(prepared: Prepared) -> list[list[str]]:
+    """The training files, in shares small enough for all processors and for a lost task to cost seconds."""
+    paths = prepared.paths("train")
+    num_shares = max(TASKS_PER_CPU * _num_cpus(), prepared.manifest.num_train // TASK_RECORDS)
+    return [list(share) for share in np.array_split(np.array(paths, dtype=object), min(num_shares, len(paths)))]
+
+
+def _file_sums(paths: list[str], query: CentralQuery, key: bytes) -> tuple[np.ndarray, int]:
+    """Sums over files, and how many records they have, in the memory of the sums and one block of records."""
+    total, count = query.zero_sums(), 0
+    bytes_per_image = query.channels * query.image_size**2
+    for block in iter_batches(paths, max(1, min(BLOCK_RECORDS, BLOCK_BYTES // bytes_per_image))):
+        query.partial_sums(block.images, block.labels, block.ids, key, total)
+        count += len(block)
     return total, count
+
+
+def _answers(task: Any, arguments: list[Any]) -> Iterator[Any]:
+    """What the tasks answer, in the order in which they finish; few wait, so few answers do.
+
+    Raises:
+      InputError: what the first refusing task said; the others are cancelled.
+    """
+    waiting, running = list(arguments), list[ray.ObjectRef]()
+    try:
+        while waiting or running:
+            # Some more than there are processors now: an autoscaler sees the demand.
+            while waiting and len(running) < 2 * max(_num_cpus(), 4):
+                running.append(task.remote(waiting.pop(0)))
+            done, running = ray.wait(running, num_returns=1)
+            row = ray.get(done.pop())
+            if row["refused"]:
+                raise InputError(row["refused"])
+            yield row["value"]
+            del row  # its memory in the object store is free again
+    finally:
+        for one in running:
+            ray.cancel(one)
+
+
+def _num_cpus() -> int:
+    """Now, in the whole cluster; at least 1, for an autoscaler may begin with none."""
+    return max(1, int(ray.cluster_resources().get("CPU", 0)))
 
 
 def synthesize(run: Run, num_shards: int) -> int:
@@ -102,13 +144,19 @@ def _tasks(rows: list[Row]) -> ray.data.Dataset:
 
 
 def _answer(work: Callable[[], object]) -> Row:
+    row = _refusing(work)
+    return {**row, "value": pickle.dumps(row["value"])}
+
+
+def _refusing(work: Callable[[], object]) -> Row:
+    """`value` is what the work returns; or `refused` is what the user must mend."""
     try:
-        return {"value": pickle.dumps(work()), "refused": ""}
+        return {"value": work(), "refused": ""}
     except Exception as error:
         message = refusal(error)
         if message is None:
             raise
-        return {"value": b"", "refused": message}
+        return {"value": None, "refused": message}
 
 
 def _values(dataset: ray.data.Dataset) -> Iterator[Any]:

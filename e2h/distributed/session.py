@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from e2h.config import ScalingConfig, expect
+from e2h.config import ScalingConfig
 
 # Ray reads these when it is imported, in this process and in those it starts.
 QUIET = {
@@ -27,6 +27,11 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "GRPC_VERBOSITY": "NONE",
     "PYTHONWARNINGS": "ignore",
+}
+# There a machine may have to be bought first, and may be taken away: its notice is looked for every second.
+ON_A_CLUSTER = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 
@@ -51,8 +56,10 @@ def session(scaling: ScalingConfig, log: Path) -> Iterator[None]:
         if started_here:
             _start(scaling)
         try:
+            from e2h.distributed.capacity import check_capacity
+
             _quiet_data()
-            _check_resources(scaling)
+            check_capacity(scaling)
             yield
         finally:
             if started_here:
@@ -85,7 +92,9 @@ def _start(scaling: ScalingConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(**common)
+            for name, value in ON_A_CLUSTER.items():
+                os.environ.setdefault(name, value)
+            _say_where(ray.init(**common).dashboard_url)
             return
         cpus = max(os.cpu_count() or 1, round(scaling.num_workers * scaling.cpus_per_worker))
         ray.init(
@@ -97,6 +106,13 @@ def _start(scaling: ScalingConfig) -> None:
         )
 
 
+def _say_where(dashboard: str | None) -> None:
+    from e2h.distributed.console import say
+    from e2h.distributed.nodes import describe_nodes
+
+    say("ray", (f"http://{dashboard}, " if dashboard else "") + describe_nodes())
+
+
 def _quiet_data() -> None:
     import ray.data
 
@@ -105,19 +121,3 @@ def _quiet_data() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _check_resources(scaling: ScalingConfig) -> None:
-    import ray
-
-    available = ray.cluster_resources()
-    needed = {"CPU": scaling.num_workers * scaling.cpus_per_worker, "GPU": scaling.num_workers * scaling.use_gpu}
-    for kind, amount in needed.items():
-        most = available.get(kind, 0.0)
-        expect(
-            amount <= most,
-            "scaling.num_workers",
-            scaling.num_workers,
-            f"at most what this cluster has: {most:g} {kind}, while {amount:g} {kind} are asked for",
-            "lower scaling.num_workers or add nodes",
-        )

@@ -1,50 +1,49 @@
-"""Ray Train: the curriculum's worker loop on 1 to N workers, restarted by Ray where one is lost."""
+"""Ray Train: the curriculum's worker loop on 1 to N workers, restarted by Ray where one is lost or more can be had."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import ControllerError
+from ray.train.torch import TorchConfig
+from ray.train.v2.api import config as ray_config  # ray.train names the same classes, but with the types of old ones
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from e2h.config import ScalingConfig
 from e2h.curriculum.run import Run
 from e2h.curriculum.train import train
 from e2h.curriculum.workers import Workers
 from e2h.data.filesystem import remove, write_bytes
 from e2h.data.remote import Place
+from e2h.distributed.capacity import START_TIMEOUT, START_TIMEOUT_S
+from e2h.distributed.deadline import StartDeadline
 from e2h.distributed.failures import budget_refusal, refusal
 from e2h.distributed.progress import PROGRESS_FILE, Progress
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.events import Release
 from e2h.reporting.metrics import MetricWriter
 
+RESIZE_EVERY_S = 30.0  # a group that grows does the work since its last checkpoint again
+ELASTIC_ATTEMPT_S = 20.0
+
 
 def train_on_workers(run: Run, release: Release) -> None:
-    """Warms up and fine-tunes on `scaling.num_workers` workers; returns when the final weights are written.
+    """Warms up and fine-tunes on the workers of `scaling`; returns when the final weights are written.
 
     Raises:
-      InputError, BudgetError: what a worker refused.
+      InputError, BudgetError: what a worker refused, or that no group of workers could be started in time.
     """
-    note = run.refusal
+    note, storage = run.refusal, run.root / "ray"
     note.unlink(missing_ok=True)
-    storage = run.root / "ray"
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"run": run, "release": release},
-        scaling_config=_scaling(run),
-        run_config=RunConfig(
-            name=f"train-{int(time.time() * 1000)}",
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=run.config.scaling.max_failures),
-        ),
-        torch_config=TorchConfig(backend="nccl" if run.config.scaling.use_gpu else "gloo"),
-    )
+    remove(storage)  # Ray's notes of a driver that was killed
     try:
-        trainer.fit()
+        _fit(run, release, str(storage))
     except Exception as error:
         _raise_noted(note)
         _raise_refusal(error)
@@ -54,6 +53,64 @@ def train_on_workers(run: Run, release: Release) -> None:
     _raise_noted(note)
 
 
+def _fit(run: Run, release: Release, storage: str) -> None:
+    """Trains to the end. Ray restarts a group that lost a worker, but gives up when one is lost while it starts."""
+    for left in reversed(range(run.config.scaling.max_failures + 1)):
+        try:
+            trainer = _trainer(run, release, storage)
+            with _short_attempts(run.config.scaling):
+                trainer.fit()
+            return
+        except ControllerError as error:
+            if left == 0 or isinstance(error.controller_failure, InputError):
+                raise error.controller_failure from None
+
+
+def _trainer(run: Run, release: Release, storage: str) -> TorchTrainer:
+    scaling = run.config.scaling
+    callbacks: list[Any] = [_deadline(scaling)]
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"run": run, "release": release},
+        scaling_config=_scaling(scaling),
+        run_config=ray_config.RunConfig(
+            name=f"train-{int(time.time() * 1000)}",
+            storage_path=storage,
+            # Machines that are taken away with notice are nobody's failure.
+            failure_config=ray_config.FailureConfig(max_failures=scaling.max_failures, max_preemption_failures=-1),
+            callbacks=callbacks,
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+    )
+
+
+def _deadline(scaling: ScalingConfig) -> StartDeadline:
+    limit = float(os.environ.get(START_TIMEOUT, START_TIMEOUT_S))
+    name, fewest = ("num_workers", scaling.num_workers)
+    if scaling.min_workers is not None:
+        name, fewest = ("min_workers", scaling.min_workers)
+    return StartDeadline(
+        limit,
+        f"scaling.{name}={fewest}: expected room for so many workers within {limit:g} s ({START_TIMEOUT}); give the "
+        "cluster more nodes, then run the same command again: it goes on from the last checkpoint",
+    )
+
+
+@contextmanager
+def _short_attempts(scaling: ScalingConfig) -> Iterator[None]:
+    """An elastic group starts on nodes that are there: where one of them just died, a smaller group is tried soon."""
+    before = os.environ.get(START_TIMEOUT)
+    if scaling.min_workers is not None:
+        os.environ[START_TIMEOUT] = f"{ELASTIC_ATTEMPT_S:g}"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(START_TIMEOUT, None)
+        else:
+            os.environ[START_TIMEOUT] = before
+
+
 def _raise_noted(note: Place) -> None:
     if note.exists():
         refused = json.loads(note.read_text())
@@ -61,10 +118,12 @@ def _raise_noted(note: Place) -> None:
         raise {"budget": BudgetError, "input": InputError}[refused["kind"]](refused["message"]) from None
 
 
-def _scaling(run: Run) -> ScalingConfig:
-    scaling = run.config.scaling
-    return ScalingConfig(
-        num_workers=scaling.num_workers,
+def _scaling(scaling: ScalingConfig) -> ray_config.ScalingConfig:
+    """A fixed group, or one that Ray starts anew, from the last checkpoint, when there is room for more workers."""
+    fewest = scaling.min_workers
+    return ray_config.ScalingConfig(
+        num_workers=scaling.num_workers if fewest is None else (fewest, scaling.num_workers),
+        elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
         use_gpu=scaling.use_gpu,
         resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
     )
@@ -75,6 +134,11 @@ def _raise_refusal(error: BaseException) -> None:
         raise BudgetError(message) from None
     if message := refusal(error):
         raise InputError(message) from None
+
+
+def _leaving() -> bool:
+    """Whether a machine of the group was given notice; it goes on until then, with a checkpoint as often as can be."""
+    return ray.train.get_preemption_info() is not None
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -93,6 +157,7 @@ def _worker(config: dict[str, Any]) -> None:
             workers,
             metrics.scalar if metrics else lambda name, value, step: None,
             progress.update if progress else lambda stage, step: None,
+            _leaving,
         )
     except Exception as error:
         kind, message = ("budget", one) if (one := budget_refusal(error)) else ("input", refusal(error))

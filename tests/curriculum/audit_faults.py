@@ -30,6 +30,15 @@ def noise_over_workers(patch: Patch) -> None:
     patch.setattr(optimizer_module, "gaussian_noise", lambda *arguments: gaussian_noise(*arguments) // 2)
 
 
+def noise_over_root_of_workers(patch: Patch) -> None:
+    """Of two, each of which adds half the variance, where one is lost."""
+
+    def smaller(key, start, stop, deviation):
+        return gaussian_noise(key, start, stop, deviation / 2**0.5)
+
+    patch.setattr(optimizer_module, "gaussian_noise", smaller)
+
+
 def no_noise_in_a_layer(patch: Patch) -> None:
     def without(key, start, stop, deviation):
         noise = gaussian_noise(key, start, stop, deviation)
@@ -78,6 +87,17 @@ def clipped_by_micro_batch(patch: Patch) -> None:
     patch.setattr(dpsgd, "clip_and_sum", summed)
 
 
+def normalised_by_micro_batch(patch: Patch) -> None:
+    """Gradients are scaled by their mean length over a micro-batch, then clipped: one record scales the others."""
+    real = dpsgd.clip_and_sum
+
+    def summed(gradients, weights, losses, max_grad_norm, *others):
+        mean = torch.cat(gradients, dim=1).norm(dim=1).mean()
+        return real([rows * (max_grad_norm / mean) for rows in gradients], weights, losses, max_grad_norm, *others)
+
+    patch.setattr(dpsgd, "clip_and_sum", summed)
+
+
 def realised_count(patch: Patch) -> None:
     real = SecureDPOptimizer.step_private
 
@@ -98,6 +118,17 @@ def same_masks(patch: Patch) -> None:
     patch.setattr(finetune_module, "poisson_mask", by_place)
 
 
+def shuffled(patch: Patch) -> None:
+    """Each record once an epoch, instead of by a coin in each step."""
+
+    def epochs(key, step, record_ids, sampling_prob):
+        parts = round(1 / sampling_prob)
+        order = np.random.default_rng([*key, step // parts]).permutation(len(record_ids))
+        return order % parts == step % parts
+
+    patch.setattr(finetune_module, "poisson_mask", epochs)
+
+
 def by_place(key, step, record_ids, sampling_prob):
     return poisson_mask(key, step, np.arange(len(record_ids)), sampling_prob)
 
@@ -109,7 +140,8 @@ def masks_by_place(patch: Patch) -> None:
 
 def no_clipping_of_images(patch: Patch) -> None:
     def encode(self, images):
-        pixels = pool(images, self.central.pool_factor).reshape(len(images), -1) - self.central.centre
+        pooled = pool(images, self.central.pool_factor).reshape(len(images), -1)
+        pixels = pooled / (255 * self.central.pool_factor**2) - self.central.centre
         count = np.full((len(images), 1), self.central.count_weight * self.central.max_norm)
         return np.rint(np.concatenate([pixels, count], axis=1) * (2.0**GRID_BITS / self.sensitivity))
 
@@ -146,9 +178,16 @@ def reused_noise_of_images(patch: Patch) -> None:
 
 # Which tier must find it.
 GRADIENT_FAULTS = {
-    "noise": [no_noise, noise_over_workers, no_noise_in_a_layer, reused_noise, noise_of_each_worker],
-    "coupled": [no_clipping, clipped_by_micro_batch, realised_count, masks_by_place],
-    "sampler": [same_masks],
+    "noise": [
+        no_noise,
+        noise_over_workers,
+        noise_over_root_of_workers,
+        no_noise_in_a_layer,
+        reused_noise,
+        noise_of_each_worker,
+    ],
+    "coupled": [no_clipping, clipped_by_micro_batch, normalised_by_micro_batch, realised_count, masks_by_place],
+    "sampler": [same_masks, shuffled],
     "one_run": [no_noise],
 }
 CENTRAL_FAULTS = {

@@ -6,11 +6,25 @@ import pytest
 import torch
 from small_runs import Training, averaged, parameters, warmed, watch_units
 
+from e2h.curriculum.checkpoint import Checkpoints
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """A replay is bit-identical with one thread, and small problems gain nothing from more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def quick_store(monkeypatch):
+    """A checkpoint is written before the next step, so that none is left out because the one before still is."""
+    save = Checkpoints.save
+
+    def saved(checkpoints, *arguments):
+        save(checkpoints, *arguments)
+        checkpoints.wait()
+
+    monkeypatch.setattr(Checkpoints, "save", saved)
 
 
 @pytest.fixture(scope="session")

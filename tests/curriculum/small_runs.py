@@ -77,12 +77,13 @@ class Training:
     binding: str = "binding"
     settings: FinetuneConfig = field(default_factory=lambda: FINETUNE)
     stop_after: int | None = None
+    leaving: Callable[[], bool] = lambda: False
     progressed: list[int] = field(default_factory=list)
     reported: list[tuple[str, float, int]] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.folder / "checkpoints", self.binding)
+        return Checkpoints(self.folder / "checkpoints", self.binding, self.leaving)
 
     def progress(self, step: int) -> None:
         self.progressed.append(step)

@@ -4,53 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from central_cases import CLASSES, KEY, NOISE_KEY, QUERIES, SIDE, hostile, query, records
 from scipy import stats
 
-from e2h.config import CentralConfig
 from e2h.curriculum.central import GRID_BITS, CentralQuery, pool
-from e2h.privacy.events import PoissonSampledGaussian
-from e2h.privacy.keys import derive_key
+from e2h.privacy.noise import gaussian_noise
 from e2h.privacy.sampling import poisson_mask
-
-KEY, NOISE_KEY = derive_key(bytes(32), "masks"), derive_key(bytes(32), "noise")
-SIDE, CLASSES = 8, 3
-
-
-def query(rounds=4, q=0.5, sigma=5.0, num_records=300, channels=1, **settings) -> CentralQuery:
-    event = PoissonSampledGaussian(q, sigma, rounds)
-    return CentralQuery(CentralConfig(**settings), event, SIDE, channels, CLASSES, num_records)
-
-
-def records(count: int, channels: int = 1, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random images uint8 [N, 8, 8, C], labels and ids."""
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, SIDE, SIDE, channels), dtype=np.uint8)
-    return images, rng.integers(0, CLASSES, count), rng.choice(2**62, count, replace=False)
-
-
-def hostile(channels: int = 1) -> np.ndarray:
-    """Images at the ends of what a record can be: uint8 [B, 8, 8, C]."""
-    shape = (SIDE, SIDE, channels)
-    checkers = np.indices((SIDE, SIDE)).sum(axis=0)[..., None] % 2 * 255
-    one_pixel, ramp = np.zeros(shape), np.linspace(0, 255, SIDE * SIDE * channels).reshape(shape)
-    one_pixel[3, 4] = 255
-    images = [np.zeros(shape), np.full(shape, 255), np.full(shape, 127), np.broadcast_to(checkers, shape)]
-    return np.stack([*images, 255 - images[3], one_pixel, ramp]).astype(np.uint8)
-
-
-QUERIES = {
-    "mean": {"max_norm": 2.0},
-    "mean, nothing clipped": {"max_norm": 50.0},
-    "mean with count": {"max_norm": 2.0, "count_weight": 0.7},
-    "mean around grey": {"max_norm": 1.0, "centre": 0.5, "count_weight": 2.0},
-    "mean of all": {"max_norm": 2.0, "count_weight": 1.0, "class_conditional": False},
-    "mean, half size": {"max_norm": 1.5, "pool_factor": 2},
-    "mean in colour": {"max_norm": 3.0, "channels": 3},
-    "mode": {"query": "mode", "num_bins": 16},
-    "mode of all": {"query": "mode", "num_bins": 2, "class_conditional": False},
-    "mode, half size": {"query": "mode", "num_bins": 5, "pool_factor": 2},
-    "mode in colour": {"query": "mode", "num_bins": 3, "channels": 3},
-}
 
 
 @pytest.mark.parametrize("settings", QUERIES.values(), ids=QUERIES)
@@ -91,27 +50,6 @@ def test_a_round_touches_one_class():
     assert (sums[:, 2] != 0).any()
 
 
-@pytest.mark.parametrize("settings", [QUERIES["mean with count"], QUERIES["mode"], QUERIES["mean of all"]])
-def test_sums_do_not_depend_on_blocks_or_order(settings):
-    one = query(**settings)
-    images, labels, ids = records(200)
-    whole = one.partial_sums(images, labels, ids, KEY)
-    order = np.random.default_rng(5).permutation(200)
-    for cuts in ([100], [1, 2, 199], [50, 51, 120]):
-        parts = [one.partial_sums(images[p], labels[p], ids[p], KEY) for p in np.split(order, cuts)]
-        assert (sum(parts) == whole).all()
-    assert whole.dtype == np.int64
-    assert whole.shape == (4, one.num_groups, one.dimension)
-
-
-def test_sums_are_exact_in_whole_numbers():
-    one = query(max_norm=1e-3, q=1.0, rounds=1)  # every record at the bound: the largest sums
-    images, labels, ids = records(3000)
-    encoded = one.encode(images).astype(np.int64)
-    expected = np.stack([encoded[labels == group].sum(axis=0) for group in range(CLASSES)])
-    assert (one.partial_sums(images, labels, ids, KEY)[0] == expected).all()
-
-
 def test_rounds_draw_different_records_at_the_accounted_rate():
     one = query(q=0.3, max_norm=1.0, count_weight=1.0, rounds=20, class_conditional=False)
     images, labels, ids = records(500)
@@ -140,6 +78,12 @@ def test_every_coordinate_gets_noise_of_the_accounted_size_once(settings):
     assert len(np.unique(noise)) > 0.9 * noise.size
     # It doesn't depend on what it is added to.
     assert (one.release(zero + 12345, NOISE_KEY) - one.release(zero, NOISE_KEY) == 12345).all()
+
+
+def test_noise_of_the_whole_is_one_vector():
+    one = query(count_weight=1.0)
+    noise = gaussian_noise(NOISE_KEY, 0, one.zero_sums().size, 5.0 * 2.0**GRID_BITS)
+    assert (one.release(one.zero_sums(), NOISE_KEY).ravel() == noise).all()
 
 
 def a_set(sizes: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -217,10 +161,10 @@ def test_the_mode_is_the_most_frequent_level():
     assert (decoded == levels * 85).mean() > 0.99
 
 
-def test_pooling_is_the_mean_of_an_area_and_decoding_gives_full_size():
+def test_pooling_is_the_sum_of_an_area_and_decoding_gives_full_size():
     images = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
-    assert pool(images, 2)[0, 0, 0, 0] == pytest.approx((0 + 1 + 8 + 9) / 4 / 255)
-    assert (pool(images, 1) == images / 255).all()
+    assert pool(images, 2)[0, 0, 0, 0] == 0 + 1 + 8 + 9
+    assert (pool(images, 1) == images).all()
     half = query(rounds=20, sigma=0.5, num_records=6000, max_norm=8.0, pool_factor=2)
     assert half.dimension == 17
     images, labels, ids = np.full((6000, 8, 8, 1), 77, np.uint8), np.arange(6000) % CLASSES, np.arange(6000)

@@ -7,6 +7,7 @@ import pickle
 import random
 import stat
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,36 @@ def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, monkeypatch
     assert list(checkpoints.folder.iterdir()) == []
     may_write.set()
     assert torch.equal(checkpoints.latest("finetune")[1]["weight"], torch.zeros(3))
+
+
+def test_one_is_due_after_so_many_steps_and_after_less_than_a_minute(checkpoints, monkeypatch):
+    now = [checkpoints.saved]
+    monkeypatch.setattr(checkpoint_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    assert [step for step in range(1, 11) if checkpoints.due(step, 4, 10)] == [4, 8, 10]
+    now[0] += 60
+    assert checkpoints.due(5, 4, 10)
+    checkpoints.save("finetune", 5, STATE)
+    checkpoints.wait()
+    assert not checkpoints.due(6, 4, 10)
+
+
+def test_none_is_due_while_one_is_written_but_the_last(checkpoints, monkeypatch):
+    may_write, write = threading.Event(), checkpoint_module.write_bytes
+    monkeypatch.setattr(checkpoint_module, "EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint_module, "write_bytes", lambda *a: may_write.wait(30) and write(*a))
+    assert checkpoints.due(3, 1, 10)
+    checkpoints.save("finetune", 3, STATE)
+    checkpoints.leaving = lambda: True
+    assert [step for step in range(4, 11) if checkpoints.due(step, 1, 10)] == [10]
+    may_write.set()
+    checkpoints.wait()
+    assert checkpoints.due(4, 1, 10)
+
+
+def test_every_step_is_due_once_a_machine_must_leave(checkpoints):
+    notice = iter([False, False, True, True])
+    checkpoints.leaving = lambda: next(notice)
+    assert [step for step in range(1, 5) if checkpoints.due(step, 100, 100)] == [3, 4]
 
 
 def test_a_checkpoint_of_another_run_is_refused(checkpoints):

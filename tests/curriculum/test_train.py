@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from small_runs import Killed, prepare, small_config
 
+from e2h.curriculum import finetune as finetune_module
+from e2h.curriculum import machine
 from e2h.curriculum.run import open_run
-from e2h.curriculum.train import new_network, train, weights_digest
+from e2h.curriculum.train import fitting_unit, new_network, train, weights_digest
 from e2h.curriculum.workers import Workers
 from e2h.data.storage import open_prepared
 from e2h.errors import BudgetError, InputError
@@ -65,6 +69,7 @@ def test_a_run_makes_every_step_and_charges_it(uninterrupted):
         (("finetune", 6), []),
     ],
 )
+@pytest.mark.usefixtures("quick_store")
 def test_the_same_call_resumes_and_ends_in_the_same_bits(uninterrupted, tmp_path, kill_at, rest):
     with pytest.raises(Killed):
         trained(tmp_path, kill_at)
@@ -100,6 +105,22 @@ def test_other_starting_weights_are_another_domain(tmp_path):
         assert not run.weights.exists()
 
 
+def test_another_kind_of_machine_is_another_domain(tmp_path, monkeypatch):
+    """Its last bits may differ: the same step there would be a second release with the same noise."""
+    with pytest.raises(Killed):
+        trained(tmp_path, ("finetune", 3))
+    for change in (
+        lambda patch: patch.setattr(machine, "_processor", lambda: ["another model"]),
+        lambda patch: patch.setattr(machine, "version", lambda name: "another version"),
+        lambda patch: patch.setenv("MKL_CBWR", "COMPATIBLE"),
+    ):
+        with monkeypatch.context() as patch:
+            change(patch)
+            with pytest.raises(BudgetError, match="not in the ledger under this key, data, code and machine"):
+                trained(tmp_path)
+    assert trained(tmp_path)[1] == STEPS[8:]
+
+
 def test_the_weights_load_and_are_the_average(tmp_path):
     trained(tmp_path)
     with open_run(small_config(tmp_path)) as run:
@@ -110,6 +131,19 @@ def test_the_weights_load_and_are_the_average(tmp_path):
         newest = torch.load(sorted(run.checkpoints.glob("finetune-*.pt"))[-1], weights_only=True)
         for name, parameter in network.named_parameters():
             assert torch.equal(parameter, newest["state"]["ema"]["parameters"][name])
+
+
+def test_a_unit_is_chosen_for_as_many_workers_as_the_group_may_grow_to(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "e2h.curriculum.train.largest_that_fits", lambda *arguments: sizes.append(arguments[-1].size) or 8
+    )
+    config = small_config(tmp_path)
+    config.scaling.num_workers, config.scaling.min_workers = 6, 1
+    with open_run(config) as run:
+        prepare(run)
+        assert fitting_unit(run, new_network(run, open_prepared(run.prepared)), Workers.current()) == 8
+    assert sizes == [6]
 
 
 def test_a_run_that_was_not_prepared_is_refused(tmp_path):
@@ -148,3 +182,33 @@ def test_out_of_memory_in_mid_training_is_one_line_that_names_the_unit(tmp_path,
     monkeypatch.setattr("e2h.curriculum.train.finetune", full)
     with pytest.raises(InputError, match=r"scaling\.physical_batch_size=8: expected so many images to fit"):
         trained(tmp_path)
+
+
+def forms(key: bytes) -> set[bytes]:
+    """A key as it could be written: as it is, in hexadecimal digits, in base 64, as Python or JSON shows it."""
+    shown = {key.hex(), key.hex().upper(), base64.b64encode(key).decode(), str(list(key)), repr(key)}
+    return {key, *(one.encode() for one in shown)}
+
+
+def test_no_key_is_written_printed_or_sent_to_the_workers(tmp_path, monkeypatch, capfd, caplog):
+    keys, derive = [bytes(range(32))], finetune_module.derive_key
+
+    def watched(secret, purpose, *address):
+        keys.append(derive(secret, purpose, *address))
+        return keys[-1]
+
+    monkeypatch.setattr(finetune_module, "derive_key", watched)
+    config, reported = small_config(tmp_path), []
+    with open_run(config) as run:
+        release = prepare(run)
+        sent = pickle.dumps((run, release))  # what Ray's object store holds
+        train(run, release, Workers.current(), lambda *point: reported.append(point), lambda *_: None)
+        sent += pickle.dumps((run, reported))
+    printed = capfd.readouterr()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".pt" for path in files)
+    assert len(set(keys)) == 1 + 1 + 6  # the secret, the masks' and one a step
+    said = [printed.out.encode(), printed.err.encode(), caplog.text.encode()]
+    for content in (sent, *said, *(path.read_bytes() for path in files)):
+        for key in set(keys):
+            assert not any(form in content for form in forms(key))

@@ -15,6 +15,7 @@ from small_runs import (
     NUM_RECORDS,
     RELEASE,
     STEPS,
+    UNIT,
     WARMUP,
     Killed,
     Training,
@@ -28,6 +29,7 @@ from small_runs import (
     watch_units,
 )
 
+from e2h.curriculum import finetune as finetune_module
 from e2h.curriculum import warmup as warmup_module
 from e2h.curriculum.batches import make_batch
 from e2h.curriculum.warmup import warm_up
@@ -59,6 +61,7 @@ def test_the_warm_up_learns(tmp_path):
     assert value == pytest.approx(loss_on_a_fixed_draw(network), rel=0.5)
 
 
+@pytest.mark.usefixtures("quick_store")
 def test_a_resumed_warm_up_is_the_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(warmup_module, "CHECKPOINT_EVERY", 5)
     uninterrupted, images, done = warmed(tmp_path / "a"), records(), []
@@ -98,6 +101,7 @@ def test_every_step_is_charged_and_made_from_its_draw(alone):
     assert {name for name, _, _ in training.reported} == {"finetune/loss", "finetune/clipped_fraction"}
 
 
+@pytest.mark.usefixtures("quick_store")
 @pytest.mark.parametrize("killed_after", [3, 13, STEPS])
 def test_a_resumed_run_is_the_uninterrupted_one(alone, tmp_path, killed_after):
     with pytest.raises(Killed):
@@ -185,3 +189,60 @@ def test_a_checkpoint_of_another_domain_stops_the_resumed_run(alone, tmp_path):
     shutil.copytree(alone["folder"], tmp_path, dirs_exist_ok=True)
     with pytest.raises(BudgetError, match="not in the ledger under this key, data, code and machine"):
         Training(tmp_path, domain="cd" * 32).run()
+
+
+def test_sampler_optimizer_and_accountant_share_q_and_noise_and_steps_and_the_normaliser(tmp_path, monkeypatch):
+    sampled, built = [], []
+    draw, build = finetune_module.poisson_mask, finetune_module.SecureDPOptimizer
+
+    def watched_draw(key, step, ids, sampling_prob):
+        sampled.append((step, len(ids), sampling_prob))
+        return draw(key, step, ids, sampling_prob)
+
+    def watched_build(*arguments, **settings):
+        built.append(settings)
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(finetune_module, "poisson_mask", watched_draw)
+    monkeypatch.setattr(finetune_module, "SecureDPOptimizer", watched_build)
+    Training(tmp_path).run()
+    (charged,) = new_ledger(tmp_path).charged()
+    event, (settings,) = charged.event, built
+    assert sampled == [(step, NUM_RECORDS, event.sampling_prob) for step in range(event.count)]
+    assert settings["noise_multiplier"] == event.noise_multiplier
+    assert settings["max_grad_norm"] == FINETUNE.max_grad_norm
+    assert settings["expected_batch_size"] == pytest.approx(event.sampling_prob * NUM_RECORDS, rel=1e-12)
+
+
+def test_every_micro_batch_has_one_shape_and_its_padding_weighs_nothing(tmp_path, monkeypatch):
+    shapes, weighed, places = set(), [], []
+    micro_batch = finetune_module._micro_batch
+
+    def watched(network, images, chosen, *others):
+        batch, weights = micro_batch(network, images, chosen, *others)
+        shapes.update((name, tuple(entry.shape)) for name, entry in batch.items())
+        weighed.append(weights.tolist())
+        places.append(len(chosen))
+        return batch, weights
+
+    monkeypatch.setattr(finetune_module, "_micro_batch", watched)
+    Training(tmp_path).run()
+    draws, image = (UNIT, FINETUNE.noise_multiplicity), (1, 8, 8)
+    expected = {"images": (UNIT, *image), "labels": (UNIT,), "sigma": draws, "noise": (*draws, *image)}
+    assert shapes == set(expected.items())
+    assert min(places) < UNIT  # some were padded
+    assert weighed == [[1.0] * count + [0.0] * (UNIT - count) for count in places]
+
+
+def test_a_checkpoint_holds_nothing_but_what_the_noisy_steps_made(alone):
+    step, state = alone["training"].checkpoints.latest("finetune")
+    assert step == STEPS
+    assert set(state) == {"network", "ema", "optimizer", "start"}
+    assert set(state["network"]) == set(new_network().state_dict())
+    assert set(state["ema"]) == {"num_updates", "parameters"}
+    # Adam's averages of noisy gradients: no clipped sum, draw or key.
+    assert {name for entry in state["optimizer"]["state"].values() for name in entry} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from e2h.config import DataConfig
+from e2h.data import storage
 from e2h.data.images import decode, encode_png, fit
 from e2h.data.prepare import finish_prepared, prepare_shard
 from e2h.data.sources import is_test, open_source, record_id
@@ -49,6 +51,20 @@ def test_running_twice_gives_equal_rows(pets: DataConfig, tmp_path: Path, prepar
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
         path.name for path in (tmp_path / "b").iterdir()
     )
+
+
+def test_a_shard_is_written_a_few_rows_at_a_time(pets: DataConfig, tmp_path: Path, prepare, monkeypatch) -> None:
+    whole = prepare(pets, tmp_path / "a")
+    monkeypatch.setattr(storage, "ROW_GROUP_BYTES", 4 * 8 * 8 * 3)
+    assert prepare(pets, tmp_path / "b") == whole  # digests of rows, hence the same rows
+    for path in open_prepared(tmp_path / "b").paths("train"):
+        facts = pq.ParquetFile(path).metadata
+        groups = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
+        assert groups[:-1] == [4] * (len(groups) - 1)
+        assert 1 <= groups[-1] <= 4
+        assert sum(groups) > 8
+    rows = [load_split(open_prepared(tmp_path / folder), "train").images for folder in ("a", "b")]
+    np.testing.assert_array_equal(*rows)
 
 
 def test_order_of_the_shards_does_not_matter(pets: DataConfig, tmp_path: Path, prepare) -> None:

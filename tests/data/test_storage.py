@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from e2h.config import DataConfig
-from e2h.data.storage import Prepared, iter_batches, load_split, map_split, open_prepared
+from e2h.data.mapping import map_split
+from e2h.data.storage import Prepared, iter_batches, load_split, open_prepared
 from e2h.errors import InputError
 
 
@@ -61,7 +64,7 @@ def test_map_equals_load_and_is_read_only(prepared: Prepared, tmp_path: Path) ->
         assert isinstance(mapped.images, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
             mapped.images[0] = 0
-    files = list((tmp_path / "cache").iterdir())
+    files = visible(tmp_path / "cache")
     assert len(files) == 2
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
@@ -70,7 +73,7 @@ def test_map_equals_load_and_is_read_only(prepared: Prepared, tmp_path: Path) ->
 
 def test_map_is_written_once(prepared: Prepared, tmp_path: Path) -> None:
     map_split(prepared, "train", tmp_path / "cache")
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = visible(tmp_path / "cache")
     before = path.stat().st_ino, path.stat().st_mtime_ns
     map_split(prepared, "train", tmp_path / "cache")
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
@@ -78,7 +81,7 @@ def test_map_is_written_once(prepared: Prepared, tmp_path: Path) -> None:
 
 def test_map_that_does_not_fit_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     map_split(prepared, "train", tmp_path / "cache")
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = visible(tmp_path / "cache")
     with path.open("wb") as file:
         np.save(file, np.zeros((70, 4, 4, 1), dtype=np.uint8))
     with pytest.raises(InputError, match="delete it"):
@@ -88,20 +91,67 @@ def test_map_that_does_not_fit_is_refused(prepared: Prepared, tmp_path: Path) ->
         map_split(prepared, "train", tmp_path / "cache")
 
 
+# Notes each time that it writes the file.
 MAP_MANY_TIMES = """
-import sys
-from e2h.data.storage import map_split, open_prepared
+import os, sys
+from e2h.data import mapping
+from e2h.data.storage import open_prepared
+write = mapping._write_npy
+def noted(path, prepared, split):
+    with open(sys.argv[3], "a") as notes:
+        notes.write(f"{path.parent.name}\\n")
+    write(path, prepared, split)
+mapping._write_npy = noted
 prepared = open_prepared(sys.argv[1])
-print({int(map_split(prepared, "train", f"{sys.argv[2]}/{turn}").images.sum()) for turn in range(20)})
+print({int(mapping.map_split(prepared, "train", f"{sys.argv[2]}/{turn}").images.sum()) for turn in range(20)})
 """
 
 
-def test_several_processes_map_at_once(prepared: Prepared, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", MAP_MANY_TIMES, prepared.folder, str(tmp_path / "cache")]
+def test_one_of_several_processes_writes_the_map_and_all_have_it(prepared: Prepared, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    command = [sys.executable, "-c", MAP_MANY_TIMES, prepared.folder, str(tmp_path / "cache"), str(notes)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     total = int(load_split(prepared, "train").images.sum())
     assert [process.communicate()[0].strip() for process in processes] == [f"{{{total}}}"] * 3
-    assert len(list((tmp_path / "cache").glob("*/*"))) == 20
+    assert sorted(notes.read_text().split(), key=int) == [str(turn) for turn in range(20)]
+    assert all(len(visible(tmp_path / "cache" / str(turn))) == 1 for turn in range(20))
+
+
+def visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+DIE_WHILE_WRITING = """
+import os, sys
+from e2h.data import mapping
+from e2h.data.storage import open_prepared
+def half(*batches):
+    yield next(iter_batches(*batches))
+    os._exit(9)
+iter_batches, mapping.iter_batches = mapping.iter_batches, half
+mapping.map_split(open_prepared(sys.argv[1]), "train", sys.argv[2])
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_and_written_anew(prepared: Prepared, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DIE_WHILE_WRITING, prepared.folder, str(tmp_path / "cache")]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert len(list((tmp_path / "cache").glob(".*.tmp"))) == 1
+    mapped = map_split(prepared, "train", tmp_path / "cache")
+    np.testing.assert_array_equal(mapped.images, load_split(prepared, "train").images)
+    assert list((tmp_path / "cache").glob(".*.tmp")) == []
+
+
+def test_a_disk_without_room_for_the_map_is_refused(prepared: Prepared, tmp_path: Path, monkeypatch) -> None:
+    needed = 70 * 8 * 8
+    for free, fits in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if fits:
+            map_split(prepared, "train", tmp_path / "cache")
+            continue
+        with pytest.raises(InputError, match=f"cache: expected {needed} bytes of free disk .*train, found {free}"):
+            map_split(prepared, "train", tmp_path / "cache")
+        assert visible(tmp_path / "cache") == []
 
 
 def test_empty_split(tmp_path: Path, prepare) -> None:

@@ -1,0 +1,145 @@
+"""How Ray Train is asked for workers, and that no fault makes it ask for ever."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import boto3
+import pytest
+from ray.train import ControllerError
+from ray.train.v2._internal.execution.controller import state
+from ray.train.v2._internal.execution.storage import StorageContext
+from small_runs import small_config
+
+from e2h.config import ScalingConfig
+from e2h.curriculum.run import open_run
+from e2h.data.filesystem import remove
+from e2h.data.remote import place
+from e2h.distributed import deadline, training
+from e2h.distributed.deadline import StartDeadline
+from e2h.errors import InputError
+
+TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+WAITING = [
+    state.InitializingState(),
+    state.SchedulingState(None),
+    state.ReschedulingState(None),
+    state.RestartingState(None),
+]
+
+
+@pytest.fixture
+def now(monkeypatch) -> SimpleNamespace:
+    """A clock that moves only when someone sleeps, or the test says so."""
+    clock = SimpleNamespace(time=100.0)
+    clock.monotonic = lambda: clock.time
+    clock.sleep = lambda seconds: setattr(clock, "time", clock.time + seconds)
+    monkeypatch.setattr(deadline, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("waiting", WAITING)
+def test_a_group_that_does_not_start_in_time_ends_the_training(now, waiting):
+    limit = StartDeadline(60.0, "no room")
+    limit.after_controller_state_update(state.InitializingState(), waiting)
+    now.time += 59.0
+    limit.after_controller_state_update(state.RunningState(), waiting)
+    now.time += 2.0
+    with pytest.raises(InputError, match="no room"):
+        limit.after_controller_state_update(state.RunningState(), waiting)
+
+
+def test_the_time_begins_anew_with_each_group(now):
+    limit, waiting = StartDeadline(60.0, "no room"), state.RestartingState(None)
+    for _ in range(3):
+        limit.after_controller_state_update(state.RunningState(), waiting)
+        now.time += 50.0
+        limit.after_controller_state_update(waiting, state.SchedulingState(None))
+        limit.after_controller_state_update(state.SchedulingState(None), state.RunningState())
+
+
+def test_the_controller_of_an_elastic_group_does_not_ask_without_a_pause(now):
+    limit, waiting = StartDeadline(60.0, "no room"), state.InitializingState()
+    for _ in range(100):
+        limit.after_controller_state_update(waiting, waiting)
+    assert now.time == 100.0 + 100 * deadline.PAUSE_S
+
+
+def test_fixed_and_elastic_groups():
+    fixed = training._scaling(ScalingConfig(num_workers=3))
+    assert (fixed.min_workers, fixed.max_workers, fixed.elasticity_enabled) == (3, 3, False)
+    elastic = training._scaling(ScalingConfig(num_workers=3, min_workers=2, use_gpu=True, cpus_per_worker=4))
+    assert (elastic.min_workers, elastic.max_workers, elastic.elasticity_enabled) == (2, 3, True)
+    assert elastic.resources_per_worker == {"CPU": 4, "GPU": 1}
+
+
+@pytest.fixture
+def fitted(tmp_path, monkeypatch):
+    """fitted(errors, **scaling): trains where each attempt raises the next error.
+
+    Returns (Ray's limit of an attempt, our limit of all together) as each attempt saw them.
+    """
+    monkeypatch.setenv("E2H_TEST_SECRET", bytes(range(32)).hex())
+
+    def fit(errors, **scaling):
+        seen, coming = [], iter(errors)
+
+        def trainer(*_, run_config, **given):
+            def attempt():
+                assert not os.path.exists(os.path.join(run_config.storage_path, "train-1"))
+                (limit,) = run_config.callbacks
+                seen.append((os.environ.get(TIMEOUT), limit.limit_s))
+                if (error := next(coming, None)) is not None:
+                    raise error
+
+            return SimpleNamespace(fit=attempt)
+
+        monkeypatch.setattr(training, "TorchTrainer", trainer)
+        config = small_config(tmp_path)
+        for name, value in scaling.items():
+            setattr(config.scaling, name, value)
+        with open_run(config) as run:
+            left = run.root / "ray" / "train-1"
+            left.mkdir(parents=True)
+            try:
+                training.train_on_workers(run, None)
+            finally:
+                assert not left.parent.exists()
+        return seen
+
+    return fit
+
+
+def test_a_worker_lost_while_its_group_starts_is_no_end(fitted):
+    lost = ControllerError(RuntimeError("the worker died"))
+    assert len(fitted([lost, lost], max_failures=2)) == 3
+    with pytest.raises(RuntimeError, match="the worker died"):
+        fitted([lost, lost, lost], max_failures=2)
+
+
+def test_a_refusal_of_the_controller_is_raised_as_it_is_and_at_once(fitted):
+    with pytest.raises(InputError, match="no room"):
+        fitted([ControllerError(InputError("no room")), ControllerError(RuntimeError("a second attempt"))])
+
+
+def test_an_elastic_group_does_not_wait_long_for_a_node_that_died(fitted, monkeypatch):
+    short = f"{training.ELASTIC_ATTEMPT_S:g}"
+    monkeypatch.setenv(TIMEOUT, "777")
+    assert fitted([], min_workers=1) == [(short, 777.0)]
+    assert os.environ[TIMEOUT] == "777"
+    assert fitted([]) == [("777", 777.0)]
+    monkeypatch.delenv(TIMEOUT)
+    assert fitted([], min_workers=1) == [(short, 900.0)]
+    assert TIMEOUT not in os.environ
+
+
+def test_what_ray_keeps_in_a_bucket_can_be_taken_away(bucket):
+    def objects() -> list[str]:
+        return [one["Key"] for one in boto3.client("s3").list_objects_v2(Bucket="images").get("Contents", [])]
+
+    storage = place(f"{bucket}/runs/digits/ray")
+    StorageContext(storage_path=str(storage), experiment_dir_name="train-1")
+    assert "runs/digits/ray/train-1/" in objects()
+    remove(storage)
+    assert not [key for key in objects() if key.startswith("runs/digits/ray")]
