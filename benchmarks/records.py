@@ -13,7 +13,8 @@ Per core means per second of processor time, which a busy machine disturbs littl
 own included. Rows a second are those of the clock.
 
 Slopes: the processor time of all records over that of half of them, and of all rounds over that of half, as an
-exponent: 1 is linear, 0 is constant. Below 1 in rounds is what reading and clipping cost, once for all rounds.
+exponent: 1 is linear, 0 is constant. Below 1 in rounds is what reading and clipping cost, once for all rounds;
+numpy has no such cost, so with few rounds (--quick) the pass is further from its rate.
 
 Memory is the proportional set size of all processes, Ray's included, looked at twice a second. Mapped files are counted
 apart: they are the system's page cache, and it takes those pages back when it needs them.

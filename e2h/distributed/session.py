@@ -102,6 +102,8 @@ def _start(scaling: ScalingConfig) -> None:
             num_cpus=cpus,
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             include_dashboard=False,
+            # Ray would show them to the whole network, and nobody on one machine collects them.
+            _system_config={"enable_metrics_collection": False},
             **common,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -15,12 +16,12 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from e2h.config import Config, ScalingConfig, binding
+from e2h.config import Config, binding
 from e2h.distributed import monitor
 from e2h.distributed.failures import summary
 from e2h.distributed.monitor import GAUGES, Monitor, epsilon_after
 from e2h.distributed.progress import PROGRESS_FILE, Progress, read_progress
-from e2h.distributed.session import session
+from e2h.distributed.session import QUIET
 
 SCHEDULE = [[10, 1.5], [30, 2.5], [60, 4.0]]
 PLAN = {"epsilon_schedule": SCHEDULE, "releases": [{"name": "central", "epsilon_alone": 1.0}, {"name": "finetune"}]}
@@ -123,10 +124,14 @@ def test_progress_that_can_t_be_written_does_not_end_a_run(root, values, monkeyp
 
 
 @pytest.fixture(scope="module")
-def real_ray(tmp_path_factory) -> Iterator[None]:
+def real_ray() -> Iterator[None]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with session(ScalingConfig(), tmp_path_factory.mktemp("ray") / "log"):
-        yield
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    # As on a cluster; a session of one machine exports nothing.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
