@@ -9,7 +9,7 @@ numpy's rate is the obvious loop on one core, with the images and the drawn mask
 that float32 holds, no clipping, sums that float32 rounds. The central pass reads Parquet, draws masks, clips, and adds
 up exactly; it runs on all cores, with Ray warm. Both are timed on the same records, masks and rounds in the same run.
 
-Per core means per second of processor time, which a busy machine disturbs little: of all processes for the pass, Ray's
+Per core means per second of processor time, which a busy machine disturbs less: of all processes for the pass, Ray's
 own included. Rows a second are those of the clock.
 
 Slopes: the processor time of all records over that of half of them, and of all rounds over that of half, as an

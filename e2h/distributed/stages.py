@@ -29,7 +29,9 @@ from e2h.data.remote import Place
 from e2h.data.sources import open_source
 from e2h.data.storage import Prepared, load_split, open_prepared
 from e2h.distributed import datasets
+from e2h.distributed.capacity import await_workers
 from e2h.distributed.console import say, show_plan, training_status
+from e2h.distributed.nodes import alive, check_shared
 from e2h.distributed.progress import PROGRESS_FILE
 from e2h.distributed.training import train_on_workers
 from e2h.errors import BudgetError, InputError
@@ -59,6 +61,7 @@ REPORTED = (
 def prepare(run: Run) -> Prepared:
     """Private images in any supported layout -> canonical shards (sensitive)."""
     if not run.done("prepare"):
+        _await_nodes(run)
         source = open_source(run.config.data)
         remove(run.prepared)
         try:
@@ -77,6 +80,13 @@ def prepare(run: Run) -> Prepared:
     counts = f"{facts.num_train} training + {facts.num_test} test images"
     say("prepare", f"{counts}, {shape}, {len(facts.class_names)} classes{rejected}")
     return prepared
+
+
+def _await_nodes(run: Run) -> None:
+    """Before work is given to nodes: there is room for the workers, and all that came see the same run."""
+    await_workers(run.config.scaling)
+    if isinstance(run.root, Path) and len(alive()) > 1:
+        check_shared(run.root)
 
 
 def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
@@ -105,6 +115,7 @@ def release_central_images(run: Run, prepared: Prepared, plan: PrivacyPlan) -> N
     if not run.config.central.enabled:
         return
     if not run.done("central"):
+        _await_nodes(run)
         facts, event = prepared.manifest, plan.release("central").event
         classes = len(facts.class_names)
         query = CentralQuery(run.config.central, event, facts.image_size, facts.channels, classes, plan.num_records)
@@ -143,6 +154,7 @@ def train(run: Run, plan: PrivacyPlan) -> None:
     """Warm-up on the central images, then DP-SGD (event 2); on Ray Train workers."""
     if not run.done("train"):
         schedule = [tuple(point) for point in json.loads((run.root / "plan.json").read_text())["epsilon_schedule"]]
+        _await_nodes(run)
         start = time.monotonic()
         # Here, not at a worker's first charge: what an older driver left running is refused from now on.
         run.ledger.take_over()
@@ -160,6 +172,7 @@ def sample(run: Run) -> None:
     facts = open_prepared(run.prepared).manifest
     labels = image_labels(run.config.sampling, len(facts.class_names))
     if not run.done("sample"):
+        _await_nodes(run)
         _forget_images_of_other_weights(run)
         datasets.synthesize(run, num_shards(run.config.sampling))
         columns = len(facts.class_names)

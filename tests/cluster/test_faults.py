@@ -13,7 +13,7 @@ from cluster_runs import SECRET_VARIABLES, finish, outcome, recovery_s, start, w
 
 from clusters import Cluster, cluster, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 # On two quiet cores; a test that shares them with others must not fail for that.
 SLACK = float(os.environ.get("E2H_TEST_SLACK", "3"))

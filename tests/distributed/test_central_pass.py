@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from ray import cloudpickle
 
 from e2h.config import CentralConfig, Config, DataConfig, PrivacyConfig, ScalingConfig
@@ -35,6 +36,11 @@ def two_processors(tmp_path_factory) -> Iterator[None]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with session(ScalingConfig(), tmp_path_factory.mktemp("ray") / "log"):
         yield
+
+
+def test_one_machine_s_ray_shows_nothing_to_the_network():
+    (node,) = ray.nodes()
+    assert not node["MetricsExportPort"]
 
 
 @pytest.fixture(scope="module")

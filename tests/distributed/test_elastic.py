@@ -18,7 +18,7 @@ from e2h.curriculum.run import open_run
 from e2h.curriculum.train import train
 from e2h.curriculum.workers import Workers
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
+pytestmark = pytest.mark.ray
 HERE = Path(__file__).parent
 NOTICE_S = 8
 
@@ -80,6 +80,7 @@ def await_step(storage: Path, driver: subprocess.Popen[bytes], size: int, step: 
     return pid
 
 
+@pytest.mark.long
 def test_a_group_that_grows_and_shrinks_makes_the_bits_of_a_fixed_one(tmp_path):
     storage, gates = tmp_path / "elastic", {"1-2": "killed", "2-4": "killed"}
     with cluster(num_nodes=1) as made, training(made, storage, (1, 2), gates) as driver:
@@ -93,6 +94,7 @@ def test_a_group_that_grows_and_shrinks_makes_the_bits_of_a_fixed_one(tmp_path):
     assert outcome(storage) == in_peace(tmp_path / "fixed")
 
 
+@pytest.mark.chaos
 def test_a_worker_that_is_given_notice_leaves_a_checkpoint_of_its_last_step(tmp_path):
     storage = tmp_path / "drained"
     # Without a notice the fifth step would have no checkpoint: they are two steps apart.
@@ -106,6 +108,7 @@ def test_a_worker_that_is_given_notice_leaves_a_checkpoint_of_its_last_step(tmp_
     assert outcome(storage) == in_peace(tmp_path / "fixed")
 
 
+@pytest.mark.chaos
 def test_workers_for_whom_there_is_never_room_are_not_waited_for_without_end(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     with cluster() as made:

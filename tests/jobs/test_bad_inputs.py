@@ -66,7 +66,7 @@ def refused(result: subprocess.CompletedProcess[str], *parts: str, code: int = 2
 
 def left(tmp_path: Path) -> list[Path]:
     """Files that a refused run left, but for what describes the call itself."""
-    known = {".lock", "config.yaml", "command.txt", "environment.json", "ray.log", "prepared.building.rejected.jsonl"}
+    known = {".lock", "config.yaml", "command.txt", "environment.json", "ray.log", "prepared.rejected.jsonl"}
     known |= {"failure.txt"}
     found = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     return [path for path in found if path.name not in known and path.parent.name != ".secrets"]
@@ -82,7 +82,7 @@ VALUES = [
     ("sampling.class_fractions=[0.5,0.5]", "sampling.class_fractions"),
     ("modle=px8", "modle"),
     ("+data.pathh=/x", "data.pathh"),
-    ("run.storage=s3://bucket/x", "run.storage=s3://bucket/x"),
+    ("run.storage=gs://bucket/x", "run.storage=gs://bucket/x"),
 ]
 
 

@@ -7,10 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import pytest
 from job_calls import SMALL
-from moto.server import ThreadedMotoServer
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -49,35 +47,8 @@ def test_a_second_run_that_fits_is_planned_and_one_that_does_not_is_refused(run_
     assert (runs / ".ledgers" / "digits.jsonl").read_text().splitlines() == lines
 
 
-@pytest.mark.ray
-@pytest.mark.long
-def test_a_run_whose_ledger_is_a_bucket_trains_and_verifies(run_job: Job, tmp_path: Path) -> None:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        place = {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "id",
-            "AWS_SECRET_ACCESS_KEY": "key",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        with pytest.MonkeyPatch.context() as patched:
-            for name, value in place.items():
-                patched.setenv(name, value)
-            client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        arguments = (*SMALL, "ledger.path=s3://bucket/one", "run.name=one")
-        done = run_job("train", *arguments, **place)
-        assert done.returncode == 0, done.stderr
-        assert not (tmp_path / "runs" / "one" / "ledger.jsonl").exists()
-        # OPEN; one owner, although a driver and a worker charged; the central images; 20 steps in blocks of 4.
-        listed = client.list_objects_v2(Bucket="bucket", Prefix="one/0")["Contents"]
-        bodies = [client.get_object(Bucket="bucket", Key=entry["Key"])["Body"].read() for entry in listed]
-        assert [json.loads(body)["kind"] for body in bodies] == ["OPEN", "OWNER", *["SPEND"] * 6]
-
-        client.delete_object(Bucket="bucket", Key=listed[-1]["Key"])
-        refused(run_job("train", *arguments, **place), 3, "some are missing")
-        refused(run_job("train", *SMALL, "ledger.path=s3://absent/one", "run.name=two", **place), 2, "NoSuchBucket")
-    finally:
-        server.stop()
+def test_a_bucket_that_is_not_there_is_refused(run_job: Job, bucket: str) -> None:
+    secret = "privacy.secret=env:E2H_TEST_SECRET"
+    refused(run_job("train", *SMALL, "ledger.path=s3://absent/one"), 2, "s3://absent/one", "NoSuchBucket")
+    refused(run_job("train", *SMALL, "run.storage=s3://absent/runs", secret), 2, "s3://absent/runs", "NoSuchBucket")
+    refused(run_job("train", *SMALL, f"run.storage={bucket}/runs"), 2, "privacy.secret=None")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ledger_cases import EVENT, FORK, OWNER, PLAN, file_ledger, one_per_cent_a_s
 
 from e2h.errors import BudgetError
 from e2h.privacy import logs
+from e2h.privacy.chain import ConflictError
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget
 
@@ -20,6 +22,30 @@ LONG = PoissonSampledGaussian(0.1, 2.0, 1000)
 
 def test_six_processes_race_for_one_file(tmp_path):
     race(str(tmp_path / "ledger.jsonl"), tmp_path / "head", 20)
+
+
+def test_who_reads_to_write_is_alone_until_it_has_written(tmp_path, monkeypatch):
+    """A second writer at the same position comes while the first has read and not yet written."""
+    path, split, threads, answers = tmp_path / "log", logs.FileLog._split, [], []
+
+    def second() -> None:
+        try:
+            answers.append(logs.FileLog(path).append(b"second", 0))
+        except ConflictError:
+            answers.append("refused")
+
+    def paused(log, content):
+        if not threads:
+            threads.append(threading.Thread(target=second))
+            threads[0].start()
+            threads[0].join(timeout=0.5)  # as long as a writer without the lock may need; one with it waits
+        return split(log, content)
+
+    monkeypatch.setattr(logs.FileLog, "_split", paused)
+    logs.FileLog(path).append(b"first", 0)
+    threads[0].join(timeout=30)
+    assert answers == ["refused"]
+    assert path.read_bytes() == b"first\n"
 
 
 def take_over_and_spend(path: Path, owner: str, answers) -> None:
