@@ -1,4 +1,4 @@
-"""The run that `chaos.py` kills: the private part of a pipeline, on two processes with gloo between them no Ray."""
+"""The run that `chaos.py` kills: the private part of a pipeline, on two processes with gloo between them, no Ray."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def watch_releases(run: Run) -> None:
     write = SecureDPOptimizer._write_gradients
 
     def noted(optimizer: SecureDPOptimizer, *args: Any) -> None:
-        step = int(optimizer._totals[-2]) // NUM_WORKERS - 1
+        step = int(optimizer._totals[optimizer._num_coordinates + 1]) // NUM_WORKERS - 1
         note(run, f"finetune {step}", optimizer._totals.numpy().tobytes(), [step], None)
         write(optimizer, *args)
 
