@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from e2h.errors import InputError
@@ -40,6 +42,12 @@ def put(store: Any, bucket: str, key: str, content: bytes, **condition: str) -> 
         if error.response["ResponseMetadata"]["HTTPStatusCode"] in CONFLICT_STATUS:
             return None
         raise
+
+
+def age(answer: dict[str, Any], written: datetime) -> float:
+    """Seconds since `written`, by the clock of the store that gave the answer; this machine's does not count."""
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return max(0.0, (now - written).total_seconds())
 
 
 @contextmanager

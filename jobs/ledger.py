@@ -18,6 +18,7 @@ from e2h.data.remote import Place, place
 from e2h.errors import BudgetError, InputError
 from e2h.reporting.facts import read_config, read_json
 from e2h.reporting.spending import read, table, verify
+from e2h.reporting.status import ledger_of
 
 BAD_INPUT, NO_BUDGET = 2, 3
 
@@ -40,9 +41,8 @@ def find(given: str) -> tuple[str, Place | None]:
     if not (path / "config.yaml").exists():
         of_a_run = path.name == "ledger.jsonl" and (path.parent / "config.yaml").exists()
         return str(path / "ledger.jsonl" if Path(given).is_dir() else path), path.parent if of_a_run else None
-    settings = read_config(path).get("ledger") or {}
-    elsewhere = settings.get("path") if settings.get("scope") == "run" else None
-    return (elsewhere if elsewhere and not (path / "ledger.jsonl").exists() else str(path / "ledger.jsonl")), path
+    own = path / "ledger.jsonl"
+    return str(own) if own.exists() else ledger_of(path, read_config(path)), path
 
 
 def plan_of(run: Place) -> dict[str, Any] | None:

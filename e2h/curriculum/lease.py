@@ -13,7 +13,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +142,8 @@ class _Lease:
 
 def _seen(found: dict[str, Any]) -> tuple[str, float]:
     """The holder that a lease names, and the seconds since it was renewed."""
-    # Both times are the store's: this machine's clock does not count.
-    now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
-    silent = max(0.0, (now - found["LastModified"]).total_seconds())
-    return found["Body"].read().decode(errors="replace").rpartition(" ")[0], silent
+    name = found["Body"].read().decode(errors="replace").rpartition(" ")[0]
+    return name, s3.age(found, found["LastModified"])
 
 
 def _self() -> str:

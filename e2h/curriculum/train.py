@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from e2h.curriculum.units import largest_that_fits, unit_size
 from e2h.curriculum.warmup import Report, warm_up
 from e2h.curriculum.workers import Workers
 from e2h.data.exports import read_hf_parquet
-from e2h.data.filesystem import remove, write_bytes
+from e2h.data.filesystem import write_bytes
 from e2h.data.mapping import map_split
 from e2h.data.remote import Place
 from e2h.data.storage import Prepared, open_prepared
@@ -85,7 +86,8 @@ def train(
             "run the same command where more is free, or begin another run.name with a smaller size"
         ) from error
     if run.scratch != run.root:
-        remove(run.scratch / "prepared")  # of private images, nothing stays on a machine that was lent
+        # Of private images, nothing stays on a machine that was lent. Another worker may do so at the same moment.
+        shutil.rmtree(run.scratch / "prepared", ignore_errors=True)
     if workers.rank == 0:
         ema.copy_to(network)
         save_weights(run.weights, network, stamp(config))

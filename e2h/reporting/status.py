@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from time import time
 from typing import Any
@@ -86,7 +85,7 @@ def look(root: Place, witness: Witness, holder: str | None) -> Status:
     status = Status(str(root), known, holder)
     moving = [(age, name) for name, age in ages.items() if is_visible(name) and not name.startswith(OF_RAY)]
     status.moved = min(moving)[::-1]
-    _read_ledger(status, _ledger_of(root, config), witness)
+    _read_ledger(status, ledger_of(root, config), witness)
     _read_notes(status, root, ages)
     _read_stages(status, root, ages, digest(config))
     return status
@@ -112,10 +111,8 @@ def _object_ages(bucket: str, prefix: str) -> dict[str, float]:
     found: dict[str, float] = {}
     with s3.explained(f"s3://{bucket}/{prefix}"):
         for page in s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
             for one in page.get("Contents", []):
-                age = (now - one["LastModified"]).total_seconds()
-                found[one["Key"].removeprefix(prefix)] = max(0.0, age)
+                found[one["Key"].removeprefix(prefix)] = s3.age(page, one["LastModified"])
     return found
 
 
@@ -152,7 +149,8 @@ def _known_by(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ledger_of(root: Place, config: Mapping[str, Any]) -> str:
+def ledger_of(root: Place, config: Mapping[str, Any]) -> str:
+    """Where the ledger of a run lies, by its settings (as `Run.ledger`)."""
     settings = config.get("ledger") or {}
     elsewhere = settings.get("path") if settings.get("scope") == "run" else None
     return str(elsewhere or root / "ledger.jsonl")
