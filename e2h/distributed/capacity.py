@@ -18,6 +18,7 @@ from e2h.errors import InputError
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 START_TIMEOUT_S = 900.0
 POLL_S = 0.5
+SILENT_S = 5.0  # room that is there takes a moment, on one machine too; nobody needs to read of it
 
 
 def check_capacity(scaling: ScalingConfig) -> None:
@@ -61,7 +62,8 @@ def await_workers(scaling: ScalingConfig) -> None:
                 _refuse(scaling, f"what the autoscaler can bring; there are {describe_nodes()}")
             if time.monotonic() - begun > limit:
                 _refuse(scaling, f"room for them within {limit:g} s ({START_TIMEOUT}); there are {describe_nodes()}")
-            if (text := _waiting(scaling, state)) != said:
+            silent = time.monotonic() - begun < min(SILENT_S, limit / 2)
+            if not silent and (text := _waiting(scaling, state)) != said:
                 said = text
                 say("wait", f"{text}; for at most {limit:g} s")
     finally:
