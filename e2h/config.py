@@ -1,4 +1,4 @@
-"""Every setting of e2h: dataclasses are the schema, validation happens once, at the border.
+"""Every setting of e2h: dataclasses are the schema; `e2h.validation` checks the values, once, at the border.
 
 Public facts (N, class names, resolution, clip norms, q, T) are fields here; private facts are call arguments elsewhere.
 Privacy parameters and performance knobs are different dataclasses: nothing in `ScalingConfig` can change epsilon.
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -125,6 +123,8 @@ class SamplingConfig:
     churn_max: float = 50.0
     class_fractions: list[float] | None = None  # none: uniform; else public shares in class order
     images_per_shard: int = 500
+    dtype: str = "float32"  # float32 | bfloat16 (autocast of the network; the sampler's own sums stay float64)
+    compile: bool = False  # torch.compile; minutes at the start, for GPUs
 
 
 @dataclass
@@ -188,167 +188,6 @@ def expect(condition: bool, name: str, value: object, expectation: str, advice: 
     """Raises `InputError` ("name=value: expected ...; advice") unless the condition holds."""
     if not condition:
         raise InputError(f"{name}={value}: expected {expectation}" + (f"; {advice}" if advice else ""))
-
-
-def _positive_int(config: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        expect(value >= 1, f"{prefix}.{name}", value, "a whole number of at least 1")
-
-
-def _positive(config: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        expect(math.isfinite(value) and value > 0, f"{prefix}.{name}", value, "a finite number above 0")
-
-
-def _share(config: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        expect(0 <= value < 1, f"{prefix}.{name}", value, "a share in [0, 1)")
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    expect(value in choices, name, value, "one of " + ", ".join(choices))
-
-
-def _validate_data(data: DataConfig) -> None:
-    _choice("data.source", data.source, SOURCES)
-    _choice("data.resize", data.resize, ("uniform", "any"))
-    _positive_int(data, "data", "image_size", "records_per_shard")
-    expect(data.channels in (1, 3), "data.channels", data.channels, "1 (grey) or 3 (colour)")
-    _share(data, "data", "test_fraction", "max_rejected_fraction")
-    needs_path = data.source != "digits"
-    expect(
-        bool(data.path) or not needs_path,
-        "data.path",
-        data.path,
-        f"where the {data.source} data lies",
-        "set data.path=... to a local path, s3:// or gs://",
-    )
-    if data.num_records is not None:
-        _positive_int(data, "data", "num_records")
-    if data.class_names is not None:
-        expect(len(data.class_names) >= 1, "data.class_names", data.class_names, "at least one class")
-        unique = len(set(data.class_names)) == len(data.class_names)
-        expect(unique, "data.class_names", data.class_names, "distinct names")
-
-
-def _validate_privacy(privacy: PrivacyConfig) -> None:
-    _positive(privacy, "privacy", "epsilon")
-    delta_ok = math.isfinite(privacy.delta) and 0 < privacy.delta < 1
-    expect(delta_ok, "privacy.delta", privacy.delta, "a number in (0, 1)", "a common choice is below 1/N")
-    # The FFT behind PLD and PRV becomes optimistic below this (docs/guarantee.md).
-    expect(privacy.delta >= 1e-10, "privacy.delta", privacy.delta, "at least 1e-10, where the accountant is sound")
-    _positive_int(privacy, "privacy", "noise_shares")
-    expect(privacy.noise_shares <= 1024, "privacy.noise_shares", privacy.noise_shares, "1 to 1024, e.g. one a worker")
-    if privacy.secret is not None:
-        scheme, _, rest = privacy.secret.partition(":")
-        places = scheme in ("file", "env") or privacy.secret.startswith("s3://")
-        expect(places and bool(rest), "privacy.secret", "...", "file:PATH, env:NAME or s3://bucket/key")
-
-
-def _validate_ledger(config: Config) -> None:
-    ledger, path, total, one = config.ledger, config.ledger.path, config.ledger.epsilon, config.privacy.epsilon
-    _choice("ledger.scope", ledger.scope, ("run", "dataset"))
-    place = path is None or re.fullmatch(r"/.+|s3://[^/]+/+[^/].*", path) is not None
-    expect(place, "ledger.path", path, "an absolute path or s3://bucket/prefix")
-    if ledger.scope == "run":
-        expect(total is None, "ledger.epsilon", total, "none with ledger.scope=run", "set ledger.scope=dataset")
-        return
-    enough = total is not None and math.isfinite(total) and total >= one
-    expect(enough, "ledger.epsilon", total, f"what all runs together may cost, at least privacy.epsilon={one:g}")
-    expect("/" not in config.data.name, "data.name", config.data.name, "no '/', as the name of the data set's ledger")
-    expect(not config.privacy.test_mode, "privacy.test_mode", True, "false with ledger.scope=dataset")
-
-
-def _validate_central(central: CentralConfig, image_size: int) -> None:
-    if not central.enabled:
-        return
-    _choice("central.query", central.query, ("mean", "mode"))
-    _positive_int(central, "central", "num_rounds", "pool_factor")
-    q = central.sampling_prob
-    expect(0 < q <= 1, "central.sampling_prob", q, "a probability in (0, 1]")
-    if central.noise_multiplier is not None:
-        _positive(central, "central", "noise_multiplier")
-    share = central.budget_share
-    expect(0 < share < 1, "central.budget_share", share, "a share in (0, 1)")
-    _positive(central, "central", "max_norm")
-    expect(0 <= central.centre <= 1, "central.centre", central.centre, "a grey value in [0, 1]")
-    expect(0 <= central.count_weight <= 10, "central.count_weight", central.count_weight, "a weight between 0 and 10")
-    expect(2 <= central.num_bins <= 256, "central.num_bins", central.num_bins, "2 to 256 bins")
-    divides = image_size % central.pool_factor == 0
-    expect(divides, "central.pool_factor", central.pool_factor, f"a divisor of data.image_size={image_size}")
-
-
-def _validate_training(config: Config) -> None:
-    warmup, finetune, model = config.warmup, config.finetune, config.model
-    _positive_int(model, "model", "base_width", "blocks_per_level", "embedding_width")
-    expect(len(model.width_multipliers) >= 1, "model.width_multipliers", model.width_multipliers, "at least one level")
-    shrink = 2 ** (len(model.width_multipliers) - 1)
-    expect(
-        config.data.image_size % shrink == 0,
-        "data.image_size",
-        config.data.image_size,
-        f"a multiple of {shrink} (model.width_multipliers has {len(model.width_multipliers)} levels)",
-        "choose another model=",
-    )
-    expect(warmup.num_steps >= 0, "warmup.num_steps", warmup.num_steps, "a whole number of at least 0")
-    expect(warmup.max_shift >= 0, "warmup.max_shift", warmup.max_shift, "a number of pixels of at least 0")
-    _positive_int(warmup, "warmup", "batch_size")
-    _positive(warmup, "warmup", "learning_rate")
-    _positive_int(finetune, "finetune", "num_steps", "expected_batch_size", "noise_multiplicity")
-    _positive_int(finetune, "finetune", "ledger_block", "checkpoint_every")
-    _positive(finetune, "finetune", "max_grad_norm", "norm_threshold", "learning_rate")
-    _share(warmup, "warmup", "label_dropout")
-    _share(finetune, "finetune", "label_dropout", "ema_decay")
-    _choice("finetune.engine", finetune.engine, ("folded", "opacus", "loop"))
-    _choice("finetune.clipping", finetune.clipping, ("flat", "normalized", "global"))
-    _choice("finetune.dtype", finetune.dtype, ("float32", "bfloat16"))
-
-
-def _validate_outputs(config: Config) -> None:
-    sampling, scaling = config.sampling, config.scaling
-    _positive_int(sampling, "sampling", "num_images", "num_steps", "images_per_shard")
-    _choice("sampling.sampler", sampling.sampler, ("heun", "ddim"))
-    for name in ("guidance", "churn", "churn_min", "churn_max"):
-        value = getattr(sampling, name)
-        expect(math.isfinite(value) and value >= 0, f"sampling.{name}", value, "a finite number of at least 0")
-    fractions = sampling.class_fractions
-    if fractions is not None:
-        total_ok = min(fractions, default=-1) >= 0 and abs(sum(fractions) - 1) < 1e-6
-        expect(total_ok, "sampling.class_fractions", fractions, "shares of at least 0 that sum to 1")
-    for name in config.evaluation.classifiers:
-        _choice("evaluation.classifiers", name, ("logistic_regression", "mlp", "cnn"))
-    _positive_int(config.evaluation, "evaluation", "cnn_epochs", "max_feature_records")
-    _positive_int(scaling, "scaling", "num_workers")
-    fewest = scaling.min_workers
-    between = fewest is None or 1 <= fewest <= scaling.num_workers
-    expect(between, "scaling.min_workers", fewest, f"1 to scaling.num_workers={scaling.num_workers}, or none")
-    if scaling.physical_batch_size is not None:
-        _positive_int(scaling, "scaling", "physical_batch_size")
-    expect(scaling.max_failures >= 0, "scaling.max_failures", scaling.max_failures, "a whole number of at least 0")
-    _positive(scaling, "scaling", "cpus_per_worker")
-    expect(bool(config.run.storage), "run.storage", config.run.storage, "a folder")
-    run = config.run.name
-    if run is not None:
-        safe = bool(run) and "/" not in run and not run.startswith(".")
-        expect(safe, "run.name", run, "a folder name without '/' and leading '.'")
-
-
-def validate(config: Config) -> Config:
-    """Checks every value once.
-
-    Raises:
-      InputError: naming the key, its value, what was expected and what to do.
-    """
-    _validate_data(config.data)
-    _validate_privacy(config.privacy)
-    _validate_ledger(config)
-    _validate_central(config.central, config.data.image_size)
-    _validate_training(config)
-    _validate_outputs(config)
-    return config
 
 
 def run_name(config: Config) -> str:

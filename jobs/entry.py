@@ -14,11 +14,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from e2h.config import Config, differences, expect, validate
+from e2h.config import Config, differences, expect
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.distributed.failures import RunFailedError, budget_refusal, causes, noted, refusal
 from e2h.distributed.preflight import dry_run, preflight
 from e2h.distributed.session import session
+from e2h.validation import validate
 
 DONE, FAULT, BAD_INPUT, NO_BUDGET = 0, 1, 2, 3
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import torch
 
-from e2h.config import Config, FinetuneConfig, ModelConfig, RunConfig, SamplingConfig, WarmupConfig, validate
+from e2h.config import Config, FinetuneConfig, ModelConfig, RunConfig, SamplingConfig, WarmupConfig
 from e2h.curriculum.central import CentralQuery
 from e2h.curriculum.run import open_run
 from e2h.curriculum.synthesis import Synthesizer, shard_path
@@ -24,6 +24,7 @@ from e2h.privacy.accounting import NEIGHBOURING_RELATION
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.keys import derive_key
 from e2h.privacy.ledger import Budget
+from e2h.validation import validate
 
 
 def main(storage: str) -> None:

@@ -12,9 +12,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from e2h.config import Config, binding, differences, digest, run_name, validate
+from e2h.config import Config, binding, differences, digest, run_name
 from e2h.errors import InputError
 from e2h.privacy.plan import make_plan
+from e2h.validation import validate
 
 CONF = Path(__file__).resolve().parents[1] / "e2h" / "conf"
 MODEL_OF = {

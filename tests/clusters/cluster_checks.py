@@ -28,7 +28,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.cli import job_cli_group
 from ray.scripts.scripts import cli
 
-from e2h.config import Config, validate
+from e2h.config import Config
+from e2h.validation import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "clusters"
