@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors.torch import load
 
-from e2h.config import SamplingConfig, expect, stamp
+from e2h.config import Config, SamplingConfig, expect, stamp
 from e2h.curriculum.batches import addressed_seeds
 from e2h.curriculum.run import Run
 from e2h.curriculum.train import new_network
@@ -17,6 +17,9 @@ from e2h.diffusion.networks import UNet
 from e2h.diffusion.samplers import sample, to_uint8
 
 STAGE = "sampling"
+# Rows of the network at a time: beyond, a GPU gets no faster by much; a CPU gets slower when a layer leaves its cache.
+MOST_ROWS = {"cpu": 256, "cuda": 512}
+CPU_ACTIVATIONS = 2**19  # of one layer at full resolution
 
 
 def image_labels(sampling: SamplingConfig, num_classes: int) -> np.ndarray:
@@ -41,8 +44,29 @@ def num_shards(sampling: SamplingConfig) -> int:
     return -(-sampling.num_images // sampling.images_per_shard)
 
 
+def batch_size(config: Config, device: torch.device) -> int:
+    """How many images are made at a time: what the device does fastest, in equal parts of a shard.
+
+    Every batch of a run has this size, so that a compiled network sees one shape and an image doesn't depend, not even
+    in its last bit, on its place in a batch or on what was made before.
+    """
+    sampling, model = config.sampling, config.model
+    rows = MOST_ROWS[device.type]
+    if device.type == "cpu":
+        activations = model.base_width * model.width_multipliers[0] * config.data.image_size**2
+        rows = min(rows, CPU_ACTIVATIONS // activations)
+    most = max(1, rows // (2 if sampling.guidance > 0 else 1))
+    shard = min(sampling.images_per_shard, sampling.num_images)
+    return -(-shard // -(-shard // most))
+
+
 class Synthesizer:
-    """Loads a run's weights once and makes shards of images; a shard that exists is not made again."""
+    """Loads a run's weights once and makes shards of images; a shard that exists is not made again.
+
+    Attributes:
+      network: the run's weights, in float32.
+      batch_size: images made at a time; halved whenever they don't fit the memory.
+    """
 
     def __init__(self, run: Run, device: torch.device | str = "cpu") -> None:
         prepared = open_prepared(run.prepared)
@@ -50,6 +74,10 @@ class Synthesizer:
         self.network: UNet = new_network(run, prepared)
         self.network.load_state_dict(load(run.weights.read_bytes()))
         self.network.to(device).eval()
+        self.evaluate = self.network
+        if run.config.sampling.compile:
+            self.evaluate = torch.compile(self.network, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+        self.batch_size = batch_size(run.config, torch.device(device))
         self.labels = image_labels(run.config.sampling, len(self.manifest.class_names))
 
     def write_shard(self, index: int) -> int:
@@ -59,15 +87,36 @@ class Synthesizer:
             return 0
         size = self.run.config.sampling.images_per_shard
         places = np.arange(index * size, min((index + 1) * size, len(self.labels)))
-        images = np.concatenate([self._images(part) for part in np.array_split(places, max(1, len(places) // 250))])
+        images = self._images(places)
         write_hf_parquet(path, images, self.labels[places], self.manifest.class_names, notes=stamp(self.run.config))
         return len(places)
 
     def _images(self, places: np.ndarray) -> np.ndarray:
-        seeds = addressed_seeds(self.run.config.seed, STAGE, 0, places)
+        made: list[np.ndarray] = []
+        while len(places):
+            try:
+                made.append(self._batch(places[: self.batch_size]))
+            except (RuntimeError, MemoryError) as error:
+                if self.batch_size == 1 or not _is_out_of_memory(error):
+                    raise
+                self.batch_size //= 2
+            else:
+                places = places[self.batch_size :]
+        return np.concatenate(made)
+
+    def _batch(self, places: np.ndarray) -> np.ndarray:
+        """The images of at most `batch_size` places, which are padded to as many with copies of the first."""
+        padded = np.concatenate([places, np.full(self.batch_size - len(places), places[0])])
+        seeds = addressed_seeds(self.run.config.seed, STAGE, 0, padded)
         shape = (self.manifest.channels, self.manifest.image_size, self.manifest.image_size)
-        labels = torch.from_numpy(self.labels[places])
-        return to_uint8(sample(self.network, labels, seeds, self.run.config.sampling, shape)).numpy()
+        labels = torch.from_numpy(self.labels[padded])
+        images = sample(self.evaluate, labels, seeds, self.run.config.sampling, shape)
+        return to_uint8(images[: len(places)]).numpy()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The last is what torch says on a CPU.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def shard_path(folder: Place, index: int) -> Place:

@@ -27,7 +27,7 @@ from e2h.data.images import grid, upscale, write_png
 from e2h.data.prepare import finish_prepared
 from e2h.data.remote import Place
 from e2h.data.sources import open_source
-from e2h.data.storage import Prepared, load_split, open_prepared
+from e2h.data.storage import Prepared, iter_batches, open_prepared
 from e2h.distributed import datasets
 from e2h.distributed.capacity import await_workers
 from e2h.distributed.console import say, show_plan, training_status
@@ -45,6 +45,7 @@ from e2h.reporting.publish import publish as build_release
 from e2h.reporting.report import write_report
 
 GRID_SIDE = 320
+EVALUATED_AT_ONCE = 1000  # real images
 REPORTED = (
     "config.yaml",
     "command.txt",
@@ -52,6 +53,7 @@ REPORTED = (
     "plan.json",
     "metrics.jsonl",
     "evaluation.json",
+    "search.json",
     "central/",
     "synthetic/",
     "checkpoints/model.safetensors",
@@ -173,7 +175,7 @@ def sample(run: Run) -> None:
     labels = image_labels(run.config.sampling, len(facts.class_names))
     if not run.done("sample"):
         _await_nodes(run)
-        _forget_images_of_other_weights(run)
+        forget_images_of_other_weights(run)
         datasets.synthesize(run, num_shards(run.config.sampling))
         columns = len(facts.class_names)
         images, shown = read_hf_parquet([shard_path(run.synthetic, 0)])
@@ -185,7 +187,7 @@ def sample(run: Run) -> None:
     say("sample", f"{len(labels)} synthetic images (synthetic/grid.png)")
 
 
-def _forget_images_of_other_weights(run: Run) -> None:
+def forget_images_of_other_weights(run: Run) -> None:
     """Keeps images that a stopped call left only if they came from these very weights."""
     path, weights = run.synthetic / "weights.sha256", hashlib.sha256(run.weights.read_bytes()).hexdigest()
     if not path.exists() or path.read_text() != weights:
@@ -211,17 +213,30 @@ def evaluate(run: Run) -> None:
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
-    config = run.config
-    prepared = open_prepared(run.prepared)
-    real_train, real_test = load_split(prepared, "train"), load_split(prepared, "test")
+    """In the memory of the synthetic set, twice, and of `evaluation.max_feature_records` real images."""
+    config, prepared = run.config, open_prepared(run.prepared)
+    facts = prepared.manifest
+    expect(facts.num_test >= 2, "real_test", f"{facts.num_test} images", "at least 2", "evaluate a larger set")
     return measure(
         read_hf_parquet(sorted(run.synthetic.glob("part-*.parquet"))),
-        (real_train.images, real_train.labels),
-        (real_test.images, real_test.labels),
+        _first_images(prepared, config.evaluation.max_feature_records),
+        ((block.images, block.labels) for block in iter_batches(prepared.paths("test"), EVALUATED_AT_ONCE)),
         config.evaluation,
         config.seed,
-        prepared.manifest.class_names,
+        facts.class_names,
     )
+
+
+def _first_images(prepared: Prepared, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first training images, at most `count`, and their labels; files behind them are not opened."""
+    blocks, read = [], 0
+    for block in iter_batches(prepared.paths("train"), EVALUATED_AT_ONCE):
+        blocks.append(block)
+        read += len(block)
+        if read >= count:
+            break
+    images, labels = ([getattr(block, name) for block in blocks] for name in ("images", "labels"))
+    return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
 
 def publish(run: Run) -> Place:

@@ -7,7 +7,8 @@ perceptron with 100 hidden units, and a small CNN.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
-from e2h.evaluation.networks import as_tensor, predict, train_cnn
-from e2h.evaluation.networks import batches as image_batches
+from e2h.evaluation.networks import as_tensor, batches, predict, train_cnn
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.integer]
+Classifier = Callable[[Images], Labels]  # uint8 [M, H, W, C] -> labels [M]
 
 # Above this side, pixel classifiers see the image averaged down: memory and time stay bounded at any resolution.
 MAX_PIXEL_SIDE = 32
@@ -30,11 +31,21 @@ MAX_WORK = 5e11
 
 def pixels(images: Images) -> NDArray[np.float32]:
     """Flat pixels in [0, 1], float32 [N, D], of `images` uint8 [N, H, W, C]; at most 32 pixels a side."""
-    if images.shape[1] <= MAX_PIXEL_SIDE:
-        return (images.reshape(len(images), -1) / 255).astype(np.float32)
-    parts = (as_tensor(part) / 2 + 0.5 for part in image_batches(images))
-    pooled = [torch.nn.functional.adaptive_avg_pool2d(part, MAX_PIXEL_SIDE).flatten(1) for part in parts]
-    return torch.cat(pooled).numpy()
+    side = min(images.shape[1], MAX_PIXEL_SIDE)
+    flat = np.empty((len(images), side * side * images.shape[3]), np.float32)
+    start = 0
+    for part in batches(images):  # beside the result, memory for one part
+        flat[start : start + len(part)] = _pooled(part) if side < images.shape[1] else _shares(part)
+        start += len(part)
+    return flat
+
+
+def _shares(images: Images) -> NDArray[np.float32]:
+    return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
+
+
+def _pooled(images: Images) -> NDArray[np.float32]:
+    return torch.nn.functional.adaptive_avg_pool2d(as_tensor(images) / 2 + 0.5, MAX_PIXEL_SIDE).flatten(1).numpy()
 
 
 def _iterations(inputs: NDArray[np.float32], width: int, most: int) -> int:
@@ -42,70 +53,50 @@ def _iterations(inputs: NDArray[np.float32], width: int, most: int) -> int:
     return int(np.clip(MAX_WORK / (4 * inputs.size * width), 10, most))
 
 
-def _logistic_regression(
-    train_images: Images, labels: Labels, test_images: Images, num_classes: int, seed: int
-) -> Labels:
-    inputs = pixels(train_images)
-    model = LogisticRegression(max_iter=_iterations(inputs, num_classes, 300), random_state=seed)
-    return model.fit(inputs, labels).predict(pixels(test_images))
-
-
-def _mlp(train_images: Images, labels: Labels, test_images: Images, seed: int) -> Labels:
-    inputs = pixels(train_images)
-    model = MLPClassifier((100,), max_iter=_iterations(inputs, 100, 300), random_state=seed)
-    return model.fit(inputs, labels).predict(pixels(test_images))
-
-
-def downstream_predictions(
-    train_images: Images,
-    train_labels: Labels,
-    test_images: Images,
-    classifiers: Sequence[str],
-    num_classes: int,
-    cnn_epochs: int,
-    seed: int,
-) -> dict[str, Labels]:
-    """Trains each classifier on the first set and returns its labels for the test images.
+def fit(name: str, images: Images, labels: Labels, num_classes: int, cnn_epochs: int, seed: int) -> Classifier:
+    """Trains one classifier, in the memory of its set and one float32 copy of the set's pixels.
 
     Args:
-      train_images: uint8 [N, H, W, C], square; the synthetic set.
-      train_labels: integers [N] in [0, num_classes).
-      test_images: uint8 [M, H, W, C]; the real test set.
-      classifiers: any of "logistic_regression", "mlp", "cnn".
+      name: "logistic_regression", "mlp" or "cnn".
+      images: uint8 [N, H, W, C], square; the synthetic set.
+      labels: integers [N] in [0, num_classes), of at least two classes.
       cnn_epochs: passes of the CNN over the training set.
-      seed: the same seed (and thread count) gives the same predictions.
-
-    Returns:
-      Labels [M] by classifier; nothing where the training set holds fewer than two classes.
+      seed: the same seed (and thread count) gives the same classifier.
     """
-    if len(np.unique(train_labels)) < 2:
-        return {}
-    found: dict[str, Labels] = {}
+    if name == "cnn":
+        return partial(predict, train_cnn(images, labels, num_classes, cnn_epochs, seed))
+    inputs = pixels(images)
+    if name == "mlp":
+        model = MLPClassifier((100,), max_iter=_iterations(inputs, 100, 300), random_state=seed)
+    else:
+        model = LogisticRegression(max_iter=_iterations(inputs, num_classes, 300), random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for name in classifiers:
-            if name == "cnn":
-                found[name] = predict(train_cnn(train_images, train_labels, num_classes, cnn_epochs, seed), test_images)
-            elif name == "mlp":
-                found[name] = _mlp(train_images, train_labels, test_images, seed)
-            else:
-                found[name] = _logistic_regression(train_images, train_labels, test_images, num_classes, seed)
-    return found
+        model.fit(inputs, labels)
+    return lambda others: model.predict(pixels(others))
 
 
-def downstream_accuracy(
-    train_images: Images,
-    train_labels: Labels,
-    test_images: Images,
-    test_labels: Labels,
-    classifiers: Sequence[str],
-    num_classes: int,
-    cnn_epochs: int,
-    seed: int,
-) -> dict[str, dict[str, float]]:
-    """Accuracy in [0, 1] on the test set of each classifier, as `{"cnn": {"accuracy": 0.97}, ...}`.
+def fit_all(
+    names: Sequence[str], images: Images, labels: Labels, num_classes: int, cnn_epochs: int, seed: int
+) -> dict[str, Classifier]:
+    """Each of the classifiers by its name, see `fit`; none where the set holds fewer than two classes."""
+    if len(np.unique(labels)) < 2:
+        return {}
+    return {name: fit(name, images, labels, num_classes, cnn_epochs, seed) for name in names}
 
-    Arguments are those of `downstream_predictions`; `test_labels` are integers [M].
+
+def right_answers(
+    classifiers: Mapping[str, Classifier], blocks: Iterable[tuple[Images, Labels]], num_classes: int
+) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:
+    """Images of each class that each classifier tells right, and images of each class: int64 [num_classes] each.
+
+    Args:
+      blocks: the test set in parts, images uint8 [M, H, W, C] and labels [M]; one part is in memory at a time.
     """
-    found = downstream_predictions(train_images, train_labels, test_images, classifiers, num_classes, cnn_epochs, seed)
-    return {name: {"accuracy": float(np.mean(labels == test_labels))} for name, labels in found.items()}
+    total = np.zeros(num_classes, np.int64)
+    right = {name: np.zeros(num_classes, np.int64) for name in classifiers}
+    for images, labels in blocks:
+        total += np.bincount(labels, minlength=num_classes)
+        for name, classify in classifiers.items():
+            right[name] += np.bincount(labels[classify(images) == labels], minlength=num_classes)
+    return right, total

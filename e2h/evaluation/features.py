@@ -6,10 +6,14 @@ between runs on the same data and with the same extractor name only, and is neve
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from e2h.evaluation.frechet import FeatureStatistics
 from e2h.evaluation.networks import SmallCNN, as_tensor, batches, new_cnn, train_cnn
 
 # Fixed, so that distances of different runs on the same data are comparable.
@@ -30,6 +34,7 @@ def train_extractor(images: NDArray[np.uint8], labels: NDArray[np.integer], num_
 
 
 @torch.no_grad()
-def extract(model: SmallCNN, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Penultimate features, float32 [N, 128], of `images` uint8 [N, H, W, C]."""
-    return np.concatenate([model.features(as_tensor(part)).numpy() for part in batches(images)])
+def feature_statistics(model: SmallCNN, images: NDArray[np.uint8]) -> FeatureStatistics:
+    """Statistics of the penultimate features [128] of `images` uint8 [N, H, W, C], N at least 1, batch by batch."""
+    parts = (FeatureStatistics.of(model.features(as_tensor(part)).numpy()) for part in batches(images))
+    return reduce(add, parts)

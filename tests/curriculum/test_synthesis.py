@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors import safe_open
 from small_runs import prepare, small_config
 
-from e2h.config import NOT_PRIVATE, SamplingConfig, stamp
+from e2h.config import NOT_PRIVATE, Config, SamplingConfig, stamp
+from e2h.curriculum import synthesis
 from e2h.curriculum.run import Run, open_run
-from e2h.curriculum.synthesis import Synthesizer, image_labels, num_shards, shard_path
+from e2h.curriculum.synthesis import Synthesizer, batch_size, image_labels, num_shards, shard_path
 from e2h.curriculum.train import new_network, save_weights
 from e2h.data.exports import read_hf_parquet
 from e2h.data.storage import open_prepared
@@ -72,6 +75,18 @@ def run(tmp_path_factory) -> Run:
             return opened
 
 
+def made_in(run: Run, folder: Path, **changes) -> np.ndarray:
+    """All images of a copy of the run with other sampling settings."""
+    shutil.copytree(run.root, folder / "run")
+    copy = Run(folder / "run", replace(run.config, sampling=replace(run.config.sampling, **changes)))
+    copy.synthetic.mkdir()
+    synthesizer = Synthesizer(copy)
+    paths = [shard_path(copy.synthetic, index) for index in range(num_shards(copy.config.sampling))]
+    for index in range(len(paths)):
+        synthesizer.write_shard(index)
+    return read_hf_parquet(paths)[0]
+
+
 @pytest.fixture
 def made(run, tmp_path):
     """made(num_images=5, ...): all images and labels of a copy of the run with other sampling settings."""
@@ -101,6 +116,53 @@ def test_an_image_depends_on_its_number_alone(made):
         assert (others == images).all()
     fewer, _ = made(images_per_shard=9, num_images=10)
     assert (fewer == images[:10]).all()
+
+
+@pytest.mark.parametrize(("num_images", "size"), [(20, 7), (20, 3), (19, 8), (3, 8)])
+def test_every_batch_has_one_shape(run, tmp_path, monkeypatch, num_images, size):
+    seen, original = [], synthesis.sample
+    monkeypatch.setattr(synthesis, "sample", lambda *call: (seen.append(len(call[1])), original(*call))[1])
+    monkeypatch.setattr(synthesis, "batch_size", lambda *call: size)
+    images = made_in(run, tmp_path, num_images=num_images)
+    assert set(seen) == {size}
+    assert len(images) == num_images
+    assert len({image.tobytes() for image in images}) == num_images  # none is the padding's
+
+
+def test_images_that_do_not_fit_the_memory_are_made_in_smaller_batches(run, tmp_path, monkeypatch):
+    expected, seen, original = made_in(run, tmp_path / "whole"), [], synthesis.sample
+
+    def scarce(network, labels, *others):
+        seen.append(len(labels))
+        if len(labels) > 2:
+            raise torch.OutOfMemoryError
+        return original(network, labels, *others)
+
+    monkeypatch.setattr(synthesis, "sample", scarce)
+    assert (made_in(run, tmp_path / "scarce") == expected).all()
+    assert seen == [8, 4, *10 * [2]]  # and of no shard again in batches that were too large
+
+
+def test_a_failure_that_is_not_of_memory_is_raised(run, tmp_path, monkeypatch):
+    def broken(*call):
+        raise RuntimeError("another")
+
+    monkeypatch.setattr(synthesis, "sample", broken)
+    with pytest.raises(RuntimeError, match="another"):
+        made_in(run, tmp_path)
+
+
+def test_the_size_of_a_batch_follows_from_the_device_and_the_shard():
+    def size(image_size=28, device="cpu", width=64, **changes):
+        config = Config(sampling=replace(SamplingConfig(num_images=60000, images_per_shard=500), **changes))
+        config.model.base_width, config.data.image_size = width, image_size
+        return batch_size(config, torch.device(device))
+
+    assert size(8, width=16) == 250  # of at most 256, two equal parts of a shard
+    assert (size(28), size(64, width=32), size(128, width=64)) == (10, 4, 1)
+    assert size(28, guidance=1.0) == 5
+    assert size(8, width=16, num_images=20) == 20
+    assert (size(device="cuda"), size(device="cuda", images_per_shard=600)) == (500, 300)
 
 
 def test_settings_and_labels_matter(made):

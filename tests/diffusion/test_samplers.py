@@ -99,6 +99,50 @@ def test_an_image_depends_on_its_seed_and_label_alone(network, settings):
     assert torch.allclose(alone, whole[1:2], atol=1e-5)
 
 
+def test_in_batches_of_one_size_an_image_is_the_same_to_the_last_bit(network):
+    labels, seeds = torch.arange(8), list(range(20, 28))
+    for settings in (CHURNED, replace(CHURNED, guidance=1.5), replace(DDIM, dtype="bfloat16")):
+        first = sample(network, labels, seeds, settings, (1, 8, 8))
+        order = [5, 2, 7, 0, 6, 1, 4, 3]
+        again = sample(network, labels[order], [seeds[i] for i in order], settings, (1, 8, 8))
+        assert torch.equal(again, first[order])
+
+
+def test_without_guidance_the_network_runs_once_a_step(network):
+    labels, seeds, rows = torch.tensor([3, 1, 4]), [1, 2, 3], []
+    hook = network.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    for settings in (DDIM, HEUN, replace(DDIM, guidance=1.0)):
+        sample(network, labels, seeds, settings, (1, 8, 8))
+    hook.remove()
+    assert rows == 6 * [3] + 11 * [3] + 6 * [6]
+
+
+@pytest.mark.parametrize("settings", [DDIM, replace(CHURNED, guidance=1.5)])
+def test_bfloat16_is_the_networks_alone(network, settings):
+    labels, seeds, kinds = torch.arange(10), list(range(10)), set()
+    plain = sample(network, labels, seeds, settings, (1, 8, 8))
+    hook = network.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    rounded = sample(network, labels, seeds, replace(settings, dtype="bfloat16"), (1, 8, 8))
+    hook.remove()
+    assert kinds == {torch.bfloat16}
+    assert rounded.dtype == torch.float32
+    assert 0 < float((rounded - plain).square().mean().sqrt()) < 0.05
+    # This network multiplies nothing, so what is left is the sampler's own arithmetic: float64 as before.
+    both = [
+        sample(LabelNetwork(), labels % 2, seeds, replace(settings, dtype=kind), (1, 2, 2))
+        for kind in ("float32", "bfloat16")
+    ]
+    assert torch.equal(*both)
+
+
+@pytest.mark.slow
+def test_compiled_equals_plain(network):
+    labels, seeds = torch.arange(5), list(range(5))
+    compiled = torch.compile(network, fullgraph=True, dynamic=False)
+    plain = sample(network, labels, seeds, CHURNED, (1, 8, 8))
+    assert torch.allclose(sample(compiled, labels, seeds, CHURNED, (1, 8, 8)), plain, atol=1e-4)
+
+
 def test_seed_label_churn_and_guidance_change_the_image(network):
     def draw(label=3, seed=5, settings=HEUN):
         return sample(network, torch.tensor([label]), [seed], settings, (1, 8, 8))

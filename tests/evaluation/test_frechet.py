@@ -4,14 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 
 from e2h.config import EvaluationConfig
 from e2h.errors import InputError
 from e2h.evaluation.evaluate import evaluate
-from e2h.evaluation.features import extract, train_extractor
+from e2h.evaluation.features import feature_statistics, train_extractor
 from e2h.evaluation.frechet import FeatureStatistics, frechet_distance
+from e2h.evaluation.networks import as_tensor
 
 
 def reference(a: np.ndarray, b: np.ndarray) -> float:
@@ -70,31 +72,48 @@ def digits():
 def test_named_features_order_sets_as_eyes_do(digits):
     images, labels = digits
     name, model = train_extractor(images[:600], labels[:600], 10)
-    real, other = (FeatureStatistics.of(extract(model, part)) for part in (images[:600], images[600:1200]))
+    real, other = (feature_statistics(model, part) for part in (images[:600], images[600:1200]))
     rng = np.random.default_rng(0)
     blurred = np.clip(images[:600] + rng.normal(0, 60, images[:600].shape), 0, 255).astype(np.uint8)
     noise = rng.integers(0, 256, images[:600].shape, dtype=np.uint8)
-    distances = [
-        frechet_distance(real, FeatureStatistics.of(extract(model, part))) for part in (images[:600], blurred, noise)
-    ]
+    distances = [frechet_distance(real, feature_statistics(model, part)) for part in (images[:600], blurred, noise)]
     assert name == "small_cnn_v1"
     assert distances[0] == pytest.approx(0, abs=1e-4)
     assert distances[0] < frechet_distance(real, other) < distances[1] < distances[2]
 
 
+def test_statistics_are_those_of_all_features_at_once(digits):
+    images, labels = digits
+    model = train_extractor(images[:100], labels[:100], 10)[1]
+    with torch.no_grad():
+        whole = FeatureStatistics.of(model.features(as_tensor(images)).numpy())
+    found = feature_statistics(model, images)  # more than one batch
+    assert found.count == whole.count == len(images) > 1000
+    np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found.covariance, whole.covariance, rtol=1e-4, atol=1e-5)
+
+
 def test_extractor_is_reproducible_and_says_when_it_is_untrained(digits):
     images, labels = digits
-    first, second = (extract(train_extractor(images[:100], labels[:100], 10)[1], images[:9]) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+    first, second = (
+        feature_statistics(train_extractor(images[:100], labels[:100], 10)[1], images[:9]) for _ in range(2)
+    )
+    np.testing.assert_array_equal(first.outer, second.outer)
     assert train_extractor(images[:100], np.zeros(100, int), 1)[0] == "small_cnn_random_v1"
 
 
 def test_evaluation_holds_the_contract_and_is_sensitive(digits):
     images, labels = digits
     names = [f"digit {k}" for k in range(10)]
-    config = EvaluationConfig(classifiers=["logistic_regression"], max_feature_records=300)
-    split = (images[:500], labels[:500]), (images[500:1000], labels[500:1000]), (images[1000:], labels[1000:])
-    found = json.loads(json.dumps(evaluate(*split, config, 0, names)))
+    config = EvaluationConfig(classifiers=["logistic_regression"])
+    synthetic, train, test = (
+        (images[:500], labels[:500]),
+        (images[500:800], labels[500:800]),
+        (images[1000:], labels[1000:]),
+    )
+    found = json.loads(json.dumps(evaluate(synthetic, train, [test], config, 0, names)))
+    blocks = ((images[start : start + 90], labels[start : start + 90]) for start in range(1000, len(images), 90))
+    assert json.loads(json.dumps(evaluate(synthetic, train, blocks, config, 0, names))) == found
     assert found["class"] == "sensitive"
     assert found["downstream"]["logistic_regression"]["accuracy"] > 0.9
     assert found["frechet"]["extractor"] == "small_cnn_v1"
@@ -110,4 +129,6 @@ def test_empty_sets_are_refused_by_name(digits):
     images, labels = digits
     good, empty = (images[:50], labels[:50]), (images[:0], labels[:0])
     with pytest.raises(InputError, match="real_test=0 images"):
-        evaluate(good, good, empty, EvaluationConfig(), 0, list("0123456789"))
+        evaluate(good, good, [empty], EvaluationConfig(classifiers=[]), 0, list("0123456789"))
+    with pytest.raises(InputError, match="real_train=0 images"):
+        evaluate(good, empty, [good], EvaluationConfig(), 0, list("0123456789"))

@@ -1,0 +1,85 @@
+"""The stage reads the real images that it needs, block by block, and finds what whole splits would give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from e2h.config import Config, DataConfig, EvaluationConfig, SamplingConfig
+from e2h.curriculum.run import Run
+from e2h.curriculum.synthesis import shard_path
+from e2h.data.exports import write_hf_parquet
+from e2h.data.prepare import finish_prepared, prepare_shard
+from e2h.data.sources import open_source
+from e2h.data.storage import load_split, open_prepared
+from e2h.distributed import stages
+from e2h.errors import InputError
+from e2h.evaluation.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """Digits in several files; of the training images two shards stand for synthetic ones."""
+    data = DataConfig(records_per_shard=200)
+    run = Run(
+        tmp_path_factory.mktemp("run"),
+        Config(
+            data=data,
+            sampling=SamplingConfig(num_images=300, images_per_shard=200),
+            evaluation=EvaluationConfig(classifiers=["logistic_regression"], max_feature_records=300),
+        ),
+    )
+    source = open_source(data)
+    stats = [prepare_shard(shard, data, run.prepared, index) for index, shard in enumerate(source.shards)]
+    finish_prepared(run.prepared, source, data, stats)
+    train = load_split(open_prepared(run.prepared), "train")
+    run.synthetic.mkdir()
+    for index, part in enumerate((slice(0, 200), slice(200, 300))):
+        write_hf_parquet(shard_path(run.synthetic, index), train.images[part], train.labels[part], list("0123456789"))
+    return run
+
+
+@pytest.mark.parametrize("count", [2, 170, 777, 10**6])
+@pytest.mark.parametrize("block", [64, 1000])
+def test_only_the_first_real_images_are_read(run, monkeypatch, count, block):
+    prepared, opened, original = open_prepared(run.prepared), [], stages.iter_batches
+
+    def watched(paths, size):
+        for path in paths:
+            opened.append(path)
+            yield from original([path], size)
+
+    monkeypatch.setattr(stages, "iter_batches", watched)
+    monkeypatch.setattr(stages, "EVALUATED_AT_ONCE", block)
+    images, labels = stages._first_images(prepared, count)
+    whole = load_split(prepared, "train")
+    np.testing.assert_array_equal(images, whole.images[:count])
+    np.testing.assert_array_equal(labels, whole.labels[:count])
+    rows_up_to = np.cumsum([file.rows for file in prepared.manifest.files["train"]])
+    assert len(opened) == min(int(np.searchsorted(rows_up_to, count)) + 1, len(rows_up_to))
+
+
+def test_blocks_of_any_size_give_what_whole_splits_give(run, monkeypatch):
+    train, test = (load_split(open_prepared(run.prepared), split) for split in ("train", "test"))
+    synthetic, settings = (train.images[:300], train.labels[:300]), run.config.evaluation
+    whole = evaluate(
+        synthetic,
+        (train.images[: settings.max_feature_records], train.labels[: settings.max_feature_records]),
+        [(test.images, test.labels)],
+        settings,
+        run.config.seed,
+        list("0123456789"),
+    )
+    monkeypatch.setattr(stages, "EVALUATED_AT_ONCE", 50)
+    found = stages._evaluate(run)
+    assert list(found.pop("per_class_accuracy").values()) == list(whole.pop("per_class_accuracy").values())
+    assert found == whole
+
+
+def test_too_small_a_test_set_is_refused_before_any_training(run, monkeypatch):
+    prepared = open_prepared(run.prepared)
+    vars(prepared.manifest)["num_test"] = 1
+    monkeypatch.setattr(stages, "open_prepared", lambda folder: prepared)
+    monkeypatch.setattr(stages, "measure", lambda *call: pytest.fail("trained"))
+    with pytest.raises(InputError, match="real_test=1 images: expected at least 2; evaluate a larger set"):
+        stages._evaluate(run)
