@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,24 @@ def command(storage: object, *overrides: str) -> list[str]:
     return ["jobs/pipeline.py", f"run.storage={storage}", *SETTINGS, *overrides]
 
 
-def start(storage: Path, nodes: Cluster | None, *overrides: str) -> subprocess.Popen[str]:
-    """The pipeline as a process of its own; on this machine's own Ray without a cluster."""
+def start(folder: Path, nodes: Cluster | None, *overrides: str, storage: object = None) -> subprocess.Popen[str]:
+    """The pipeline as a process of its own; on this machine's own Ray without a cluster.
+
+    Args:
+      folder: for what it prints, and for the run, unless `storage` is given.
+    """
     base = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     place = {**nodes.environment, "RAY_ADDRESS": nodes.address} if nodes else {**base, **SECRET_VARIABLES}
-    storage.mkdir(exist_ok=True)
-    call = [sys.executable, *command(storage, *overrides)]
-    with open(storage / "log.txt", "a") as log:
+    folder.mkdir(exist_ok=True)
+    call = [sys.executable, *command(storage or folder, *overrides)]
+    with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(call, cwd=ROOT, env=place, stdout=log, stderr=log, text=True)
 
 
-def finish(process: subprocess.Popen[str], storage: Path, code: int = 0, timeout_s: float = 240) -> str:
+def finish(process: subprocess.Popen[str], folder: Path, code: int = 0, timeout_s: float = 240) -> str:
     """Waits for the end; returns what was printed."""
     found = process.wait(timeout_s)
-    log = (storage / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
     assert found == code, log
     return log
 
@@ -69,27 +74,31 @@ def step(storage: str | Path) -> int:
     return 0
 
 
-def wait_for_step(process: subprocess.Popen[str], storage: Path, least: int, timeout_s: float = 180) -> None:
+def wait_for_step(
+    process: subprocess.Popen[str], folder: Path, least: int, timeout_s: float = 180, storage: str | Path | None = None
+) -> None:
     def reached() -> bool:
-        assert process.poll() is None, (storage / "log.txt").read_text()
-        return step(storage) >= least
+        assert process.poll() is None, (folder / "log.txt").read_text()
+        return step(storage or folder) >= least
 
     wait_until(reached, f"step {least}", timeout_s)
 
 
-def recovery_s(nodes: Cluster, process: subprocess.Popen[str], storage: Path, kill: Any) -> float:
-    """Calls `kill` and returns the seconds until a new group of workers has finished a step."""
-    before, path, begun = set(nodes.training_workers()), storage / "run" / "progress.json", time.time()
-    kill()
+def recovery_s(nodes: Cluster, process: subprocess.Popen[str], storage: Path, disturb: Callable[[], Any]) -> float:
+    """Calls `disturb` and returns the seconds until a new group of workers has finished a step that is new.
 
-    def all_new() -> bool:
+    Until it is, the file of progress names a step of the group that was lost; so does the new group's, when it begins.
+    """
+    before, begun = nodes.training_workers(), time.monotonic()
+    disturb()
+    last = step(storage)
+
+    def went_on() -> bool:
         assert process.poll() is None, (storage / "log.txt").read_text()
-        return bool(now := nodes.training_workers()) and not before & set(now)
+        return len(set(nodes.training_workers()) - set(before)) == len(before) and step(storage) > last
 
-    wait_until(all_new, "new workers", 120)
-    came = time.time()
-    wait_until(lambda: path.exists() and path.stat().st_mtime > came, "next step", 120)
-    return time.time() - begun
+    wait_until(went_on, "next step", 240)
+    return time.monotonic() - begun
 
 
 def outcome(storage: str | Path) -> dict[str, Any]:

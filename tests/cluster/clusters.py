@@ -51,12 +51,12 @@ class Cluster:
     environment: dict[str, str]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def add_node(self, num_cpus: int = 1) -> None:
-        """Starts a worker node; it has joined when this returns."""
+    def add_node(self, num_cpus: int = 1, **variables: str) -> None:
+        """Starts a worker node, with environment variables of its own; it has joined when this returns."""
         options = {"address": self.address, "num-cpus": num_cpus, "dashboard-agent-listen-port": 0}
         before = self._num_started()
         # One after the other: Ray numbers a node's sockets by what it finds, and two at once would take the same.
-        self.started.append(_ray_start(self.folder, self.environment, options))
+        self.started.append(_ray_start(self.folder, {**self.environment, **variables}, options))
         wait_until(lambda: self._num_started() > before, "new node")
 
     def _num_started(self) -> int:
@@ -71,15 +71,15 @@ class Cluster:
 
     def training_workers(self) -> list[int]:
         """Ids of the processes that train."""
-        return [pid for pid in _all_processes() if "RayTrainWorker" in _command(pid) and self._owns(pid)]
+        return [pid for pid in _all_processes() if "RayTrainWorker" in command_of(pid) and self._owns(pid)]
 
     def kill_node_of(self, pid: int) -> None:
         """SIGKILL to the raylet above a worker and to everything below that raylet: what a lost machine looks like."""
-        kill_tree(_parent(pid))
+        kill_tree(parent(pid))
 
     def give_notice(self, pid: int, seconds: float) -> None:
         """Tells Ray that the node of a worker will be taken away, as a watcher of spot machines does."""
-        node_id = _command(_parent(pid)).partition("--node_id=")[2].split()[0]
+        node_id = command_of(parent(pid)).partition("--node_id=")[2].split()[0]
         deadline = int((time.time() + seconds) * 1000)
         code = (
             f"from ray._raylet import GcsClient\n"
@@ -96,7 +96,11 @@ class Cluster:
 
 @contextmanager
 def cluster(
-    num_nodes: int = 0, node_types: dict[str, Any] | None = None, max_workers: int = 4, **variables: str
+    num_nodes: int = 0,
+    node_types: dict[str, Any] | None = None,
+    max_workers: int = 4,
+    redis: str | None = None,
+    **variables: str,
 ) -> Iterator[Cluster]:
     """A running cluster; all its processes are gone when the block ends, however it ends.
 
@@ -104,13 +108,14 @@ def cluster(
       num_nodes: worker nodes of one CPU to start at once.
       node_types: for an autoscaler: name -> {"resources": ..., "min_workers": ..., "max_workers": ...}.
       max_workers: of the autoscaler, over all types.
+      redis: host:port of a Redis that outlives the head.
       variables: environment of all nodes and clients.
     """
     # Sockets live below this folder, and their paths have a length limit.
     folder = Path(tempfile.mkdtemp(prefix="rayc-", dir="/tmp"))
     made = _describe(folder, variables)
     try:
-        _start_head(made, node_types, max_workers)
+        _start_head(made, node_types, max_workers, redis)
         for _ in range(num_nodes):
             made.add_node()
         yield made
@@ -131,13 +136,19 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 120.0
 
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process and its descendants; stopped first, so that none of them sees the others go."""
-    below, children = {pid}, {pid}
-    while children := {one for one in _all_processes() if _parent(one) in children}:
-        below |= children
+    below = tree(pid)
     for kind in (signal.SIGSTOP, signal.SIGKILL):
         for one in below:
             with suppress(ProcessLookupError):
                 os.kill(one, kind)
+
+
+def tree(pid: int) -> set[int]:
+    """A process and its descendants."""
+    below, children = {pid}, {pid}
+    while children := {one for one in _all_processes() if parent(one) in children}:
+        below |= children
+    return below
 
 
 def free_port() -> int:
@@ -168,8 +179,10 @@ def _describe(folder: Path, variables: dict[str, str]) -> Cluster:
     return Cluster(folder, f"{get_node_ip_address()}:{free_port()}", f"http://127.0.0.1:{free_port()}", environment)
 
 
-def _start_head(made: Cluster, node_types: dict[str, Any] | None, max_workers: int) -> None:
+def _start_head(made: Cluster, node_types: dict[str, Any] | None, max_workers: int, redis: str | None) -> None:
     environment = {**made.environment, **SHORT_HEALTH_CHECKS}
+    if redis is not None:
+        environment["RAY_REDIS_ADDRESS"] = redis
     options: dict[str, Any] = {
         "head": None,
         "port": made.address.rpartition(":")[2],
@@ -192,7 +205,7 @@ def _start_head(made: Cluster, node_types: dict[str, Any] | None, max_workers: i
         }
     made.started.append(_ray_start(made.folder, environment, options))
     port = int(made.dashboard.rpartition(":")[2])
-    wait_until(lambda: _listens(port) and made._num_started(), "head node")
+    wait_until(lambda: listens(port) and made._num_started(), "head node")
 
 
 def _autoscaling(address: str, node_types: dict[str, Any], max_workers: int) -> dict[str, Any]:
@@ -244,7 +257,7 @@ def _stop(made: Cluster) -> None:
         time.sleep(0.05)
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -253,14 +266,14 @@ def _all_processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
