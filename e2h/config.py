@@ -160,6 +160,37 @@ class LedgerConfig:
 
 
 @dataclass
+class ProxyConfig:
+    """Public or synthetic images that stand in for the sensitive ones in `search.privacy=proxy`."""
+
+    source: str | None = None  # one of SOURCES; or central: the released central images; or release: an earlier one
+    path: str | None = None  # where they lie, as data.path; of a release its folder; none for central
+    image_column: str = "image"
+    label_column: str | None = "label"
+
+
+@dataclass
+class SearchConfig:
+    """Choosing settings by trials (jobs/search.py). What the choice costs is part of the one budget."""
+
+    privacy: str | None = None  # proxy | selection | compose; without a default on purpose
+    space: Any = (
+        None  # {dotted key: [values]}, each equally likely; none: around warmup.num_steps, central.budget_share
+    )
+    expected_trials: float = 8.0  # proxy, compose: their number; selection: the mean of a secret random number
+    max_trials: int = 32  # selection: the law of that number is conditioned on at most so many
+    law: str = "negative_binomial"  # selection: negative_binomial | poisson
+    shape: float = 3.0  # of the negative binomial: 1 geometric, 0 logarithmic
+    score: str | None = None  # accuracy (noisy, charged) | central (free) | test (proxy only); none: accuracy or test
+    score_noise_multiplier: float = 25.0  # accuracy: of the noise on the number of records told right
+    score_images: int = 1000  # synthetic images behind a score
+    sampler: str = "random"  # random | optuna; selection: random
+    scheduler: str = "fifo"  # fifo | asha; selection: fifo
+    concurrent_trials: int = 1  # trained at a time, each with scaling.num_workers
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+
+
+@dataclass
 class RunConfig:
     storage: str = "runs"
     name: str | None = None  # none: e.g. digits-eps10-seed0
@@ -179,6 +210,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
     dry_run: bool = False
@@ -195,8 +227,9 @@ def run_name(config: Config) -> str:
     if config.run.name:
         return config.run.name
     easy = "" if config.central.enabled else "-nocentral"
+    chosen = f"-{config.search.privacy}" if config.search.privacy else ""
     stamp = "-NOT-PRIVATE" if config.privacy.test_mode else ""
-    return f"{config.data.name}-eps{config.privacy.epsilon:g}{easy}-seed{config.seed}{stamp}"
+    return f"{config.data.name}-eps{config.privacy.epsilon:g}{easy}{chosen}-seed{config.seed}{stamp}"
 
 
 NOT_PRIVATE = "NOT PRIVATE: made with a published secret (privacy.test_mode=true); anyone can subtract the noise"

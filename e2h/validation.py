@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 
-from e2h.config import SOURCES, CentralConfig, Config, DataConfig, PrivacyConfig, expect
+from e2h.config import SOURCES, CentralConfig, Config, DataConfig, PrivacyConfig, SearchConfig, expect
 
 
 def _positive_int(config: object, prefix: str, *names: str) -> None:
@@ -158,6 +158,63 @@ def _validate_outputs(config: Config) -> None:
         expect(safe, "run.name", run, "a folder name without '/' and leading '.'")
 
 
+MODES = ("proxy", "selection", "compose")
+SCORES = {"proxy": ("test", "central"), "selection": ("accuracy", "central"), "compose": ("accuracy", "central")}
+SEARCHED = ("model", "central", "warmup", "finetune", "sampling")
+
+
+def _validate_search(search: SearchConfig) -> None:
+    """Privacy of a search rests on these rules (docs/guarantee.md); nothing is looked at unless it is asked for."""
+    if search.privacy is None:
+        return
+    _choice("search.privacy", search.privacy, MODES)
+    _validate_adaptivity(search)
+    trials, whole = search.expected_trials, search.privacy == "selection" or search.expected_trials % 1 == 0
+    expect(whole and trials >= 1, "search.expected_trials", trials, "a whole number of at least 1")
+    _positive_int(search, "search", "max_trials", "score_images", "concurrent_trials")
+    _positive(search, "search", "score_noise_multiplier")
+    _choice("search.law", search.law, ("negative_binomial", "poisson"))
+    if search.score is not None:
+        reason = "a score from the real test set is accounted nowhere, and what it chose would depend on it"
+        advice = reason if search.score == "test" else ""
+        known = search.score in SCORES[search.privacy]
+        expect(known, "search.score", search.score, " or ".join(SCORES[search.privacy]), advice)
+    stand_in = search.proxy.source
+    if search.privacy == "proxy":
+        named = stand_in in (*SOURCES, "central", "release") and (
+            stand_in in ("digits", "central") or search.proxy.path
+        )
+        expectation = "public images to search on: a source with search.proxy.path, an earlier release, or central"
+        expect(bool(named), "search.proxy.source", stand_in, expectation)
+    else:
+        expect(stand_in is None, "search.proxy.source", stand_in, f"none with search.privacy={search.privacy}")
+    _validate_space(search.space)
+
+
+def _validate_adaptivity(search: SearchConfig) -> None:
+    _choice("search.sampler", search.sampler, ("random", "optuna"))
+    _choice("search.scheduler", search.scheduler, ("fifo", "asha"))
+    if search.privacy == "selection":
+        reason = (
+            "trials must be independent: one that depends on another's score breaks the bound; use compose or proxy"
+        )
+        expect(search.sampler == "random", "search.sampler", search.sampler, "random with selection", reason)
+        expect(search.scheduler == "fifo", "search.scheduler", search.scheduler, "fifo with selection", reason)
+
+
+def _validate_space(space: object) -> None:
+    if space is None:
+        return
+    form = "{dotted.key: [value, value], ...}"
+    expect(isinstance(space, dict) and bool(space), "search.space", space, form)
+    assert isinstance(space, dict)
+    for name, values in space.items():
+        inside = isinstance(name, str) and name.split(".")[0] in SEARCHED and "." in name
+        expect(inside, "search.space", name, f"a setting of {', '.join(SEARCHED)}, e.g. warmup.num_steps")
+        several = isinstance(values, list) and len(values) > 0 and all(values.count(one) == 1 for one in values)
+        expect(several, f"search.space.{name}", values, "a list of distinct values")
+
+
 def validate(config: Config) -> Config:
     """Checks every value once.
 
@@ -170,4 +227,5 @@ def validate(config: Config) -> Config:
     _validate_central(config.central, config.data.image_size)
     _validate_training(config)
     _validate_outputs(config)
+    _validate_search(config.search)
     return config

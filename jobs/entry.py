@@ -16,17 +16,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from e2h.config import Config, differences, expect
 from e2h.curriculum.run import Run, open_run, run_root
+from e2h.curriculum.search import check_search
 from e2h.distributed.failures import RunFailedError, budget_refusal, causes, noted, refusal
-from e2h.distributed.preflight import dry_run, preflight
+from e2h.distributed.preflight import dry_run, preflight, search_dry_run
 from e2h.distributed.session import session
 from e2h.validation import validate
 
 DONE, FAULT, BAD_INPUT, NO_BUDGET = 0, 1, 2, 3
 
 
-def job(stages: Callable[[Run], None]) -> None:
-    """Runs `stages` on the run that the command line describes, and exits as `configured` says."""
-    configured(lambda config: _run(config, stages))
+def job(stages: Callable[[Run], None], searches: bool = False) -> None:
+    """Runs `stages` on the run that the command line describes, and exits as `configured` says.
+
+    Args:
+      stages: what the job does.
+      searches: whether it is the search job, which alone takes `search.privacy`.
+    """
+    configured(lambda config: _run(config, stages, searches))
 
 
 def configured(action: Callable[[Config], int]) -> None:
@@ -74,9 +80,14 @@ def _checked(values: DictConfig) -> Config:
     return validate(config)
 
 
-def _run(config: Config, stages: Callable[[Run], None]) -> int:
+def _run(config: Config, stages: Callable[[Run], None], searches: bool) -> int:
+    if searches:
+        check_search(config)
+    else:
+        mode = config.search.privacy
+        expect(mode is None, "search.privacy", mode, "none: jobs/search.py searches, and goes on with its run")
     if config.dry_run:
-        dry_run(config, run_root(config))
+        (search_dry_run if searches else dry_run)(config, run_root(config))
         return DONE
     preflight(config)
     with open_run(config) as run, noted(run.root), session(config.scaling, run.scratch / "ray.log"):

@@ -174,7 +174,9 @@ def test_only_declared_metrics_reach_tensorboard_and_none_reaches_ray():
         if path.name != "metrics.py":
             assert "SummaryWriter" not in text, path
             assert not re.search(r"[\"']tb[\"'/]", text), f"{path}: a path below tb/"
-        assert not re.search(r"\b(train|tune|session)\.report\(", text), f"{path}: a report to Ray"
+        # A search tells Tune the scores that it is charged for.
+        reports = r"\b(train|session)\.report\(" if path.name == "search.py" else r"\b(train|tune|session)\.report\("
+        assert not re.search(reports, text), f"{path}: a report to Ray"
 
 
 def project_files() -> list[Path]:

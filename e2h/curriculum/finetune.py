@@ -66,6 +66,7 @@ def finetune(
     checkpoints: Checkpoints,
     report: Report,
     progress: Callable[[int], None],
+    until: int | None = None,
 ) -> EMA:
     """Trains `network` in place and returns the average of its weights.
 
@@ -74,6 +75,7 @@ def finetune(
       records: the whole training split, memory-mapped; each worker reads only its own units.
       report: report(metric, value, step) on rank 0; sensitive metrics are declared so.
       progress: called with the number of finished steps, on every worker, after each step.
+      until: stops after so many of the release's steps, with a checkpoint; none: after all.
 
     Raises:
       BudgetError: if a step can't be paid.
@@ -86,8 +88,8 @@ def finetune(
     # Contributions to two draws in one sum would be noised and paid for as one step of one draw.
     workers.agree(digest([private.domain, first]), "checkpoints or domains")
     engine = private_engine(network, micro_batch_loss, settings)
-    event, paid_until = private.release.event, first
-    for step in range(first, event.count):
+    last, paid_until = min(until or private.release.event.count, private.release.event.count), first
+    for step in range(first, last):
         if step >= paid_until:
             paid_until = pay(private, step, settings.ledger_block, workers)
         optimizer.prepare_noise(step)
@@ -97,7 +99,8 @@ def finetune(
         )
         optimizer.step_private(step, len(selected))
         ema.update(network)
-        _finish_step(step + 1, network, ema, optimizer, settings, clipped, private, workers, checkpoints, report)
+        due = checkpoints.due(step + 1, settings.checkpoint_every, last)
+        _finish_step(step + 1, due, network, ema, optimizer, settings, clipped, private, workers, checkpoints, report)
         progress(step + 1)
     checkpoints.wait()
     return ema
@@ -231,6 +234,7 @@ def _micro_batch(
 
 def _finish_step(
     done: int,
+    due: bool,
     network: UNet,
     ema: EMA,
     optimizer: SecureDPOptimizer,
@@ -241,7 +245,6 @@ def _finish_step(
     checkpoints: Checkpoints,
     report: Report,
 ) -> None:
-    due = checkpoints.due(done, settings.checkpoint_every, private.release.event.count)
     if workers.rank != 0:
         return
     if clipped:

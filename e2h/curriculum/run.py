@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import platform
 import secrets
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-import e2h
 from e2h.config import Config, binding, differences, digest, expect, run_name
 from e2h.curriculum.lease import only_driver
+from e2h.curriculum.notes import describe
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place, S3Path, abort_uploads, place, scratch_folder
 from e2h.errors import InputError
@@ -29,8 +23,6 @@ from e2h.privacy.ledger import Budget, Ledger
 from e2h.privacy.logs import ObjectLog, open_log
 from e2h.privacy.plan import PrivacyPlan, code_digest
 
-PACKAGES = ("torch", "numpy", "opacus", "dp-accounting", "pyarrow", "cryptography")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -39,15 +31,22 @@ class Run:
     Attributes:
       root: the run's directory.
       owner: token of the driver in the ledger; it travels to the workers. None: this copy only reads.
+      common: of a trial of a search: the folder whose `prepared/` all trials share.
     """
 
     root: Place
     config: Config
     owner: str | None = None
+    common: Place | None = None
 
     @property
     def prepared(self) -> Place:
-        return self.root / "prepared"
+        return (self.common or self.root) / "prepared"
+
+    @property
+    def mapped(self) -> Path:
+        """Where this machine keeps the training images that workers map."""
+        return replace(self, root=self.common or self.root).scratch / "prepared"
 
     @property
     def central(self) -> Place:
@@ -138,8 +137,9 @@ class Run:
         return self.config.privacy.secret or f"file:{self.root.parent / '.secrets' / (self.root.name + '.key')}"
 
     def secret(self) -> bytes:
-        """The master secret; in test mode a published one."""
-        return TEST_SECRET if self.config.privacy.test_mode else load_secret(self.secret_reference)
+        """The master secret; in test mode a published one. A trial's is derived, so that trials are independent."""
+        secret = TEST_SECRET if self.config.privacy.test_mode else load_secret(self.secret_reference)
+        return secret if self.common is None else derive_key(secret, "trial", self.root.name)
 
     @property
     def training_binding(self) -> str:
@@ -222,13 +222,17 @@ def _unwritable(config: Config, reason: str) -> InputError:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[Run]:
+def open_run(config: Config, common: Place | None = None) -> Iterator[Run]:
     """Opens or resumes the run of a configuration, alone.
+
+    Args:
+      config: validated settings.
+      common: for a trial of a search, see `Run.common`.
 
     Raises:
       InputError: if the directory holds a run of another configuration, or another process is running it.
     """
-    run = Run(make_root(config), config, secrets.token_hex(16))
+    run = Run(make_root(config), config, secrets.token_hex(16), common)
     with only_driver(run.root):
         check_binding(run.root, config)
         if isinstance(run.root, S3Path):
@@ -243,7 +247,7 @@ def open_run(config: Config) -> Iterator[Run]:
         for log in (run.ledger.chain.log, *([run.dataset_ledger.chain.log] if run.dataset_ledger else [])):
             if isinstance(log, ObjectLog):
                 log.probe()
-        _describe(run)
+        describe(run.root, config)
         yield run
 
 
@@ -275,18 +279,3 @@ def check_binding(root: Place, config: Config) -> None:
             f"run.name={root.name}: expected the configuration that this run began with, but {shown}; "
             f"change it back to resume, or choose a new name: run.name={root.name}-2"
         )
-
-
-def _describe(run: Run) -> None:
-    """config.yaml, command.txt, environment.json."""
-    values = json.loads(json.dumps(binding(run.config)))
-    write_bytes(run.root / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())
-    write_bytes(run.root / "command.txt", (shlex.join(["python", *sys.argv]) + "\n").encode())
-    packages = {name: version(name) for name in PACKAGES}
-    environment = {
-        "e2h": e2h.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        **packages,
-    }
-    write_bytes(run.root / "environment.json", json.dumps(environment, indent=2).encode())

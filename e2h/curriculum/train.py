@@ -36,6 +36,7 @@ def train(
     report: Report,
     progress: Callable[[str, int], None],
     leaving: Callable[[], bool] = lambda: False,
+    until: int | None = None,
 ) -> None:
     """Trains the diffusion model of a run; call it on every worker. The same call resumes.
 
@@ -45,6 +46,7 @@ def train(
       report: called on rank 0 as report(metric, value, step).
       progress: called on every worker as progress(stage, finished steps).
       leaving: called on every worker after each step: whether a machine of the group was given notice.
+      until: DP-SGD steps after which to stop, with the weights of that step; none: all.
     """
     # One thread a worker: sums inside a kernel then have one order, and a replay is bit-identical.
     torch.set_num_threads(1)
@@ -70,7 +72,7 @@ def train(
     try:
         ema = finetune(
             network,
-            map_split(prepared, "train", run.scratch / "prepared"),
+            map_split(prepared, "train", run.mapped),
             config.finetune,
             private_run(run, release, prepared, workers, start, unit),
             config.seed,
@@ -79,6 +81,7 @@ def train(
             checkpoints,
             report,
             lambda step: progress("finetune", step),
+            until,
         )
     except torch.OutOfMemoryError as error:
         raise InputError(
@@ -87,7 +90,7 @@ def train(
         ) from error
     if run.scratch != run.root:
         # Of private images, nothing stays on a machine that was lent. Another worker may do so at the same moment.
-        shutil.rmtree(run.scratch / "prepared", ignore_errors=True)
+        shutil.rmtree(run.mapped, ignore_errors=True)
     if workers.rank == 0:
         ema.copy_to(network)
         save_weights(run.weights, network, stamp(config))

@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from e2h.config import Config
 from e2h.data.remote import Place
 from e2h.distributed.monitor import epsilon_after
 from e2h.distributed.progress import read_progress
+from e2h.privacy.events import Charge, Release
 from e2h.privacy.plan import PrivacyPlan
 
 POLL_S = 0.5
@@ -31,12 +32,18 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: dict[str, float]) -> None:
     )
     print(f"{'':<10} {'release':<10}{'q':>9}{'steps':>8}{'noise':>10}{'epsilon alone':>15}")
     for release in plan.releases:
-        event = release.event
-        row = f"{event.sampling_prob:>9.4f}{event.count:>8}{event.noise_multiplier:>10.4f}"
+        row = _mechanism(release)
         print(f"{'':<10} {release.name:<10}{row}{epsilons_alone[release.name]:>15.4f}")
     print(f"{'':<10} RDP, the cross-check, says {plan.bound.epsilon_rdp:.4f}", flush=True)
     for warning in plan.warnings:
         say("warning", warning)
+
+
+def _mechanism(release: Charge) -> str:
+    if isinstance(release, Release):
+        event = release.event
+        return f"{event.sampling_prob:>9.4f}{event.count:>8}{event.noise_multiplier:>10.4f}"
+    return f"{f'best of about {release.event.law.expected_trials:g}':>27}"
 
 
 @contextmanager
@@ -52,7 +59,8 @@ def training_status(path: Place, config: Config, schedule: list[tuple[int, float
     finally:
         stop.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the next call removes it
+            path.unlink(missing_ok=True)
 
 
 class _Status:

@@ -55,7 +55,8 @@ def central_sums(run: Run, prepared: Prepared, query: CentralQuery, domain: str)
     Which machine a task runs on doesn't matter: a record's whole numbers are the same on all (`CentralQuery.encode`).
     """
 
-    @ray.remote(num_cpus=1, max_retries=TASK_RETRIES)
+    # By default on any node, although the caller may be a trial of Tune, whose own resources have no processor.
+    @ray.remote(num_cpus=1, max_retries=TASK_RETRIES, scheduling_strategy="DEFAULT")
     def partial_sums(paths: list[str]) -> Row:
         # The secret is resolved where it is used: it never enters the object store.
         return _refusing(lambda: _file_sums(paths, query, derive_key(run.secret(), "central/sampling", domain)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from e2h.config import Config, expect
 from e2h.curriculum.run import Run, check_binding
+from e2h.curriculum.search import candidates
+from e2h.curriculum.search_plan import plan_search, price_list
 from e2h.data.filesystem import write_bytes
 from e2h.data.records import Source
 from e2h.data.remote import Place
 from e2h.data.sources import open_source
-from e2h.distributed.console import show_plan
+from e2h.distributed.console import say, show_plan
 from e2h.privacy.plan import PrivacyPlan, check_batch, make_plan
 
 
@@ -42,3 +45,45 @@ def dry_run(config: Config, root: Place) -> PrivacyPlan:
         write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
     show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
     return plan
+
+
+def search_dry_run(config: Config, root: Place) -> None:
+    """Plans a search without data, Ray, or spending: `plan.json`, and what each way of searching would cost."""
+    check_binding(root, config)
+    source = preflight(config)
+    num_records = config.data.num_records or source.num_train
+    rows = price_list(config, num_records)
+    if config.search.privacy == "proxy":
+        dry_run(config, root)
+    else:
+        # Which trials are drawn is a secret that there need not be yet; those listed first are as many.
+        number, choices = int(config.search.expected_trials), candidates(config)
+        drawn = [choices[place % len(choices)] for place in range(number)]
+        plan = plan_search(config, num_records, source.class_names, drawn)
+        content = {**plan.to_json(config), "prices": rows}
+        if Run(root, config).ledger.budget() is None:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
+        show_plan(plan.whole, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
+        facts = content["search"]
+        noise = facts["noise_multiplier_per_trial"]
+        shown = f"{noise:.4f}" if isinstance(noise, float) else f"{noise[0]:.4f} to {noise[-1]:.4f}"
+        say(
+            "search",
+            f"{facts['mode']}: one trial has noise {shown} and alone costs epsilon {facts['epsilon_per_trial']:.4f}",
+        )
+    _show_prices(rows)
+
+
+def _show_prices(rows: list[dict[str, Any]]) -> None:
+    """Noise of one trial by way of searching and expected number of trials, against a single run's."""
+    say(
+        "prices",
+        f"noise of one trial; a single run, and each trial of a proxy search, has {rows[0]['noise_multiplier']:.4f}",
+    )
+    print(f"{'':<10} {'trials':>8}{'selection':>19}{'compose':>19}")
+    by_mode = {(row["mode"], row["expected_trials"]): row for row in rows[1:]}
+    for number in sorted({number for _, number in by_mode}):
+        cells = [by_mode[mode, number] for mode in ("selection", "compose")]
+        text = "".join(f"{row['noise_multiplier']:>11.4f} {'x' + format(row['factor'], '.2f'):>7}" for row in cells)
+        print(f"{'':<10} {number:>8g}{text}", flush=True)

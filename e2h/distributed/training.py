@@ -33,8 +33,13 @@ RESIZE_EVERY_S = 30.0  # a group that grows does the work since its last checkpo
 ELASTIC_ATTEMPT_S = 20.0
 
 
-def train_on_workers(run: Run, release: Release) -> None:
-    """Warms up and fine-tunes on the workers of `scaling`; returns when the final weights are written.
+def train_on_workers(run: Run, release: Release, until: int | None = None) -> None:
+    """Warms up and fine-tunes on the workers of `scaling`; returns when the weights are written.
+
+    Args:
+      run: with what `e2h.curriculum.train.train` asks for.
+      release: the accounted DP-SGD event.
+      until: DP-SGD steps after which to stop; none: all.
 
     Raises:
       InputError, BudgetError: what a worker refused, or that no group of workers could be started in time.
@@ -43,21 +48,23 @@ def train_on_workers(run: Run, release: Release) -> None:
     note.unlink(missing_ok=True)
     remove(storage)  # Ray's notes of a driver that was killed
     try:
-        _fit(run, release, str(storage))
+        _fit(run, release, until, str(storage))
     except Exception as error:
-        _raise_noted(note)
+        with suppress(OSError):  # nor can a note be read from a store that is away
+            _raise_noted(note)
         _raise_refusal(error)
         raise
     finally:
-        remove(storage)
+        with suppress(OSError):  # the error itself tells more, and the next call removes what is left
+            remove(storage)
     _raise_noted(note)
 
 
-def _fit(run: Run, release: Release, storage: str) -> None:
+def _fit(run: Run, release: Release, until: int | None, storage: str) -> None:
     """Trains to the end. Ray restarts a group that lost a worker, but gives up when one is lost while it starts."""
     for left in reversed(range(run.config.scaling.max_failures + 1)):
         try:
-            trainer = _trainer(run, release, storage)
+            trainer = _trainer(run, release, until, storage)
             with _short_attempts(run.config.scaling):
                 trainer.fit()
             return
@@ -66,12 +73,12 @@ def _fit(run: Run, release: Release, storage: str) -> None:
                 raise error.controller_failure from None
 
 
-def _trainer(run: Run, release: Release, storage: str) -> TorchTrainer:
+def _trainer(run: Run, release: Release, until: int | None, storage: str) -> TorchTrainer:
     scaling = run.config.scaling
     callbacks: list[Any] = [_deadline(scaling)]
     return TorchTrainer(
         _worker,
-        train_loop_config={"run": run, "release": release},
+        train_loop_config={"run": run, "release": release, "until": until},
         scaling_config=_scaling(scaling),
         run_config=ray_config.RunConfig(
             name=f"train-{int(time.time() * 1000)}",
@@ -158,6 +165,7 @@ def _worker(config: dict[str, Any]) -> None:
             metrics.scalar if metrics else lambda name, value, step: None,
             progress.update if progress else lambda stage, step: None,
             _leaving,
+            config["until"],
         )
     except Exception as error:
         kind, message = ("budget", one) if (one := budget_refusal(error)) else ("input", refusal(error))

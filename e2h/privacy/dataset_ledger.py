@@ -19,11 +19,11 @@ import dp_accounting
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.accounting import NEIGHBOURING_RELATION, epsilon_pld
 from e2h.privacy.chain import Chain, Log, Record, Witness
-from e2h.privacy.events import Release
+from e2h.privacy.events import Charge
 from e2h.privacy.ledger import releases_from, releases_json
 
 Key = tuple[str, str]  # identity of the run's own ledger, name of the run
-Holds = dict[Key, tuple[Release, ...]]
+Holds = dict[Key, tuple[Charge, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DatasetLedger:
         self.chain, self.location = Chain(log, witness, begins_anew=False), log.location
         self.name, self.epsilon, self.delta = name, epsilon, delta
 
-    def check(self, identity: str, run: str, planned: Sequence[Release]) -> SharedBudget:
+    def check(self, identity: str, run: str, planned: Sequence[Charge]) -> SharedBudget:
         """What would be held after this run's hold; writes nothing.
 
         Args:
@@ -75,7 +75,7 @@ class DatasetLedger:
         self._check_opened(records)
         return self._room(records, (identity, run), planned)
 
-    def hold(self, identity: str, run: str, planned: Sequence[Release]) -> None:
+    def hold(self, identity: str, run: str, planned: Sequence[Charge]) -> None:
         """Holds the plan of a run, once; durable when it returns. Raises as `check` does; then nothing is held."""
 
         def opened(records: list[Record]) -> Record | None:
@@ -111,7 +111,7 @@ class DatasetLedger:
         if records[0]["neighbouring_relation"] != NEIGHBOURING_RELATION.name:
             raise InputError(f"{self.location}: expected the neighbouring relation {NEIGHBOURING_RELATION.name}")
 
-    def _room(self, records: list[Record], key: Key, planned: Sequence[Release]) -> SharedBudget:
+    def _room(self, records: list[Record], key: Key, planned: Sequence[Charge]) -> SharedBudget:
         held = holds(records, self.location)
         after = {**held, key: tuple(planned)}
         total = composed(after, self.delta)
@@ -153,7 +153,7 @@ def composed(held: Holds, delta: float) -> float:
 
 
 @functools.lru_cache(maxsize=8)
-def _composed(releases: tuple[Release, ...], delta: float) -> float:
+def _composed(releases: tuple[Charge, ...], delta: float) -> float:
     return epsilon_pld(releases, delta)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import dp_accounting
 
+from e2h.privacy.trial_law import TrialLaw
+
 
 @dataclass(frozen=True)
 class PoissonSampledGaussian:
@@ -50,10 +52,62 @@ class PoissonSampledGaussian:
 
 @dataclass(frozen=True)
 class Release:
-    """One named release of a run: `central` or `finetune`."""
+    """One named release of a run or of a trial: `central`, `finetune` or `score`."""
 
     name: str
     event: PoissonSampledGaussian
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The best of K trials, K from `law`, each trial one of `candidates` drawn from a fixed prior.
+
+    A candidate is everything that one trial releases to the choice: its stages and its score. With several candidates
+    the pointwise maximum of their profiles is charged, whatever the prior. `count` is how often it happens.
+    """
+
+    law: TrialLaw
+    candidates: tuple[tuple[Release, ...], ...]
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.candidates or not all(self.candidates):
+            raise ValueError("expected at least one candidate, and a release in each")
+
+    def to_json(self) -> dict[str, Any]:
+        candidates = [[{"name": r.name, "event": r.event.to_json()} for r in trial] for trial in self.candidates]
+        return {"type": "selection", "law": self.law.to_json(), "candidates": candidates, "count": self.count}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Selection:
+        if value["type"] != "selection":
+            raise ValueError(f"unknown event type {value['type']!r}")
+        trials = [
+            tuple(Release(one["name"], PoissonSampledGaussian.from_json(one["event"])) for one in trial)
+            for trial in value["candidates"]
+        ]
+        return Selection(TrialLaw.from_json(value["law"]), tuple(trials), value["count"])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The release of a whole search: its best trial."""
+
+    name: str
+    event: Selection
+
+
+Event = PoissonSampledGaussian | Selection
+Charge = Release | Choice  # what a ledger pays for
+
+
+def charge(name: str, event: Event) -> Charge:
+    return Choice(name, event) if isinstance(event, Selection) else Release(name, event)
+
+
+def event_from_json(value: dict[str, Any]) -> Event:
+    """The event that `to_json` wrote; `ValueError` if it is of no known type."""
+    return Selection.from_json(value) if value["type"] == "selection" else PoissonSampledGaussian.from_json(value)
 
 
 def compose(releases: Iterable[Release]) -> dp_accounting.DpEvent:

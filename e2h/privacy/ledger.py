@@ -22,9 +22,9 @@ from dataclasses import dataclass, field, replace
 
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.chain import Chain, Log, Record, Witness
-from e2h.privacy.events import PoissonSampledGaussian, Release
+from e2h.privacy.events import Charge, Event, charge, event_from_json
 
-Cost = Callable[[Sequence[Release], float], float]
+Cost = Callable[[Sequence[Charge], float], float]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Budget:
     epsilon: float
     delta: float
     neighbouring_relation: str
-    planned: tuple[Release, ...]
+    planned: tuple[Charge, ...]
 
 
 @dataclass
@@ -51,14 +51,14 @@ class State:
     budget: Budget | None = None
     identity: str = ""
     owners: list[Record] = field(default_factory=list)
-    steps: dict[tuple[str, PoissonSampledGaussian, str], set[int]] = field(default_factory=dict)
+    steps: dict[tuple[str, Event, str], set[int]] = field(default_factory=dict)
 
-    def charged(self) -> tuple[Release, ...]:
+    def charged(self) -> tuple[Charge, ...]:
         """All releases paid so far, a release's domains added up."""
-        counts: dict[tuple[str, PoissonSampledGaussian], int] = {}
+        counts: dict[tuple[str, Event], int] = {}
         for (name, event, _), steps in self.steps.items():
             counts[name, event] = counts.get((name, event), 0) + len(steps)
-        return tuple(Release(name, replace(event, count=count)) for (name, event), count in counts.items())
+        return tuple(charge(name, replace(event, count=count)) for (name, event), count in counts.items())
 
     def domains(self, name: str) -> dict[str, set[int]]:
         """Charged steps of a release by domain."""
@@ -81,7 +81,7 @@ class State:
             "spend any more"
         )
 
-    def check_room(self, name: str, event: PoissonSampledGaussian, domain: str, steps: Iterable[int]) -> None:
+    def check_room(self, name: str, event: Event, domain: str, steps: Iterable[int]) -> None:
         """Raises `BudgetError` unless these steps, with all that is charged, are within the plan."""
         unit = replace(event, count=1)
         if any(d == domain and (n, e) != (name, unit) for n, e, d in self.steps):
@@ -134,7 +134,7 @@ def _apply(state: State, record: Record) -> None:
     elif kind == "OWNER":
         state.owners.append({key: record[key] for key in ("owner", "host", "pid", "time")})
     elif kind == "SPEND":
-        event, steps = PoissonSampledGaussian.from_json(record["event"]), range(*record["steps"])
+        event, steps = event_from_json(record["event"]), range(*record["steps"])
         state.check_owner(record["owner"])
         state.check_room(record["release"], event, record["domain"], steps)
         state.steps.setdefault((record["release"], event, record["domain"]), set()).update(steps)
@@ -202,7 +202,7 @@ class Ledger:
         self.chain.append(decide)
         self._took_over = True
 
-    def spend(self, name: str, event: PoissonSampledGaussian, domain: str, start: int, stop: int) -> bool:
+    def spend(self, name: str, event: Event, domain: str, start: int, stop: int) -> bool:
         """Charges steps [start, stop) of a release; durable when it returns.
 
         Args:
@@ -243,7 +243,7 @@ class Ledger:
         """What the ledger was opened with."""
         return self.state().budget
 
-    def charged(self) -> tuple[Release, ...]:
+    def charged(self) -> tuple[Charge, ...]:
         """All releases paid so far, equal mechanisms of one name merged."""
         return self.state().charged()
 
@@ -256,12 +256,12 @@ class Ledger:
         return self.chain.head()
 
 
-def releases_json(releases: Iterable[Release]) -> list[Record]:
+def releases_json(releases: Iterable[Charge]) -> list[Record]:
     return [{"release": release.name, "event": release.event.to_json()} for release in releases]
 
 
-def releases_from(values: Iterable[Record]) -> tuple[Release, ...]:
-    return tuple(Release(one["release"], PoissonSampledGaussian.from_json(one["event"])) for one in values)
+def releases_from(values: Iterable[Record]) -> tuple[Charge, ...]:
+    return tuple(charge(one["release"], event_from_json(one["event"])) for one in values)
 
 
 def _budget_json(budget: Budget) -> Record:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import e2h
-from e2h.config import CentralConfig, Config, expect
+from e2h.config import CentralConfig, Config, SearchConfig, expect
 from e2h.errors import BudgetError
 from e2h.privacy.accounting import (
     COARSE_GRID,
+    FINE_GRID,
     NEIGHBOURING_RELATION,
     Bound,
     calibrate,
@@ -23,7 +24,7 @@ from e2h.privacy.accounting import (
     epsilon_pld,
 )
 from e2h.privacy.dataset_ledger import SharedBudget
-from e2h.privacy.events import PoissonSampledGaussian, Release
+from e2h.privacy.events import Charge, PoissonSampledGaussian, Release, charge, event_from_json
 from e2h.privacy.ledger import Budget
 
 REPORTED_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
@@ -37,13 +38,14 @@ class PrivacyPlan:
     delta: float
     num_records: int
     class_names: tuple[str, ...]
-    releases: tuple[Release, ...]
+    releases: tuple[Charge, ...]
     bound: Bound
     not_private: bool
     shared: SharedBudget | None = None  # with ledger.scope=dataset
+    tuning: dict[str, Any] | None = None  # how settings were chosen, where a search chose them
 
     def release(self, name: str) -> Release:
-        return next(release for release in self.releases if release.name == name)
+        return next(one for one in self.releases if one.name == name and isinstance(one, Release))
 
     @property
     def budget(self) -> Budget:
@@ -64,10 +66,12 @@ class PrivacyPlan:
     def epsilon_after(self, num_steps: int) -> float:
         """Epsilon spent once `num_steps` DP-SGD steps have been charged."""
         *before, last = self.releases
-        return epsilon_pld([*before, Release(last.name, replace(last.event, count=num_steps))], self.delta, COARSE_GRID)
+        return epsilon_pld([*before, charge(last.name, replace(last.event, count=num_steps))], self.delta, COARSE_GRID)
 
     def epsilon_schedule(self, points: int = 8) -> list[tuple[int, float]]:
         """(steps charged, epsilon) at evenly spaced steps of the last release, for the status line."""
+        if self.releases[-1].name != "finetune":
+            return []  # a search is charged whole, before its first step
         total = self.releases[-1].event.count
         steps = sorted({max(1, round(total * i / points)) for i in range(1, points)})
         return [*((step, self.epsilon_after(step)) for step in steps), (total, self.bound.epsilon)]
@@ -117,34 +121,42 @@ class PrivacyPlan:
             "statement": self.statement(),
             "warnings": self.warnings,
             "not_private": self.not_private,
+            "tuning": self.tuning,
             **({"shared": asdict(self.shared)} if self.shared else {}),
         }
 
 
 def read_plan(value: dict[str, Any]) -> PrivacyPlan:
     """The plan that `PrivacyPlan.to_json` wrote."""
-    releases = tuple(Release(r["name"], PoissonSampledGaussian.from_json(r["event"])) for r in value["releases"])
+    releases = tuple(charge(r["name"], event_from_json(r["event"])) for r in value["releases"])
     bound = Bound(value["epsilon"], value["epsilon_rdp"])
     names = tuple(value["public"]["class_names"])
     shared = SharedBudget(**value["shared"]) if "shared" in value else None
     target, delta, num_records = value["target_epsilon"], value["delta"], value["num_records"]
-    return PrivacyPlan(target, delta, num_records, names, releases, bound, value["not_private"], shared)
+    not_private, tuning = value["not_private"], value["tuning"]
+    return PrivacyPlan(target, delta, num_records, names, releases, bound, not_private, shared, tuning)
 
 
-def _release_json(release: Release, delta: float) -> dict[str, Any]:
+def _release_json(release: Charge, delta: float) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if isinstance(release, Release):
+        event = release.event
+        facts = {"sampling_prob": event.sampling_prob, "num_steps": event.count}
+        facts["noise_multiplier"] = event.noise_multiplier
+    alone = epsilon_pld([release], delta)
+    return {"name": release.name, **facts, "epsilon_alone": alone, "event": release.event.to_json()}
+
+
+def _describe(release: Charge) -> str:
+    if not isinstance(release, Release):
+        law, kinds = release.event.law, len(release.event.candidates)
+        return (
+            f"Search: the best of a random number of trials is released, {law.expected_trials:g} on average and at "
+            f"most {law.max_trials}; each is charged as the worst of {kinds} kinds of trial. How many "
+            "there were is secret, and nothing else of them is released."
+        )
     event = release.event
-    return {
-        "name": release.name,
-        "sampling_prob": event.sampling_prob,
-        "num_steps": event.count,
-        "noise_multiplier": event.noise_multiplier,
-        "epsilon_alone": epsilon_pld([release], delta),
-        "event": event.to_json(),
-    }
-
-
-def _describe(release: Release) -> str:
-    event, what = release.event, {"central": "Central images", "finetune": "DP-SGD"}[release.name]
+    what = {"central": "Central images", "finetune": "DP-SGD"}.get(release.name, release.name.capitalize())
     times = "1 round" if event.count == 1 else f"{event.count} rounds"
     return (
         f"{what}: {times} of the Poisson-sampled Gaussian mechanism, sampling probability {event.sampling_prob:.6g}, "
@@ -152,13 +164,16 @@ def _describe(release: Release) -> str:
     )
 
 
-def make_plan(config: Config, num_records: int, class_names: Sequence[str]) -> PrivacyPlan:
+def make_plan(
+    config: Config, num_records: int, class_names: Sequence[str], also: Sequence[Release] = ()
+) -> PrivacyPlan:
     """Solves every noise multiplier so that all stages together meet (epsilon, delta).
 
     Args:
       config: validated settings.
       num_records: public N of the training split.
       class_names: public class list.
+      also: further releases that the target must pay for.
 
     Raises:
       InputError: if the expected batch is larger than N.
@@ -169,11 +184,47 @@ def make_plan(config: Config, num_records: int, class_names: Sequence[str]) -> P
     target, delta = config.privacy.epsilon, config.privacy.delta
     easy = [central_release(config.central, target, delta)] if config.central.enabled else []
     step = PoissonSampledGaussian(batch / num_records, 1.0, config.finetune.num_steps)
-    releases = (*easy, calibrate(easy, "finetune", step, target, delta))
-    bound = epsilon(releases, delta)
+    releases = (*easy, *also, calibrate([*easy, *also], "finetune", step, target, delta))
+    return plan_of(releases, config, num_records, class_names)
+
+
+def plan_of(
+    releases: Sequence[Charge],
+    config: Config,
+    num_records: int,
+    class_names: Sequence[str],
+    part: bool = False,
+) -> PrivacyPlan:
+    """The plan of given releases, and what they cost together at privacy.delta.
+
+    Args:
+      releases: DP-SGD last.
+      config: validated settings.
+      num_records: public N of the training split.
+      class_names: public class list.
+      part: whether it is one trial's, whose target is its own cost: the search's ledger holds privacy.epsilon.
+
+    Raises:
+      BudgetError: if they cost more than privacy.epsilon.
+    """
+    delta, bound = config.privacy.delta, epsilon(releases, config.privacy.delta)
+    target = bound.epsilon if part else config.privacy.epsilon
     if bound.epsilon > target:
         raise BudgetError(f"privacy.epsilon={target:g}: the plan costs {bound.epsilon:.6g}")
-    return PrivacyPlan(target, delta, num_records, tuple(class_names), releases, bound, config.privacy.test_mode)
+    names, test_mode, chosen = tuple(class_names), config.privacy.test_mode, tuning(config.search)
+    return PrivacyPlan(target, delta, num_records, names, tuple(releases), bound, test_mode, None, chosen)
+
+
+def tuning(search: SearchConfig) -> dict[str, Any] | None:
+    """How a search chooses the settings, and who pays for it; None without one."""
+    if search.privacy is None:
+        return None
+    how = {
+        "proxy": "by trials on public or synthetic images, which cost nothing",
+        "selection": "the best of a secret random number of trials on the private images, charged as one release",
+        "compose": "by trials on the private images, all of them charged",
+    }
+    return {"mode": search.privacy, "how": how[search.privacy], "expected_trials": search.expected_trials}
 
 
 def check_batch(config: Config, num_records: int) -> None:
@@ -183,7 +234,7 @@ def check_batch(config: Config, num_records: int) -> None:
     expect(batch <= num_records, "finetune.expected_batch_size", batch, expectation, "lower it, or use more data")
 
 
-def central_release(central: CentralConfig, target: float, delta: float) -> Release:
+def central_release(central: CentralConfig, target: float, delta: float, grid: float = FINE_GRID) -> Release:
     """The easy stage's release, by its noise multiplier or by its share of epsilon.
 
     A share f means that the stage alone is (f * epsilon, delta)-DP; epsilons of stages don't add up.
@@ -192,7 +243,7 @@ def central_release(central: CentralConfig, target: float, delta: float) -> Rele
     event = PoissonSampledGaussian(central.sampling_prob, noise_multiplier, central.num_rounds)
     if central.noise_multiplier is not None:
         return Release("central", event)
-    return calibrate([], "central", event, central.budget_share * target, delta)
+    return calibrate([], "central", event, central.budget_share * target, delta, grid)
 
 
 def code_digest() -> str:

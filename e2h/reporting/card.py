@@ -35,7 +35,7 @@ def card(plan: Mapping[str, Any], config: Mapping[str, Any], num_images: int, nu
         facts=facts,
         relation=facts.RELATIONS.get(plan["neighbouring_relation"], plan["neighbouring_relation"]),
         banner=NOT_PRIVATE if plan["not_private"] else None,
-        recipe=recipe(plan["accountant"]),
+        recipe=recipe(plan),
         version=e2h.__version__,
     )
 

@@ -19,8 +19,13 @@ RELATIONS = {
     "REPLACE_ONE": "one record is replaced by another",
 }
 
-MECHANISMS = {"poisson_sampled_gaussian": "Poisson-sampled Gaussian"}
-TITLES = {"central": "Central images (easy stage)", "finetune": "DP-SGD training (hard stage)"}
+MECHANISMS = {"poisson_sampled_gaussian": "Poisson-sampled Gaussian", "selection": "best of a random number of trials"}
+TITLES = {
+    "central": "Central images (easy stage)",
+    "finetune": "DP-SGD training (hard stage)",
+    "score": "Score of a trial",
+    "search": "Search (the best trial)",
+}
 
 ASSUMPTIONS = (
     "One person contributed one record. Where a person contributed several, the guarantee for that person is weaker: "
@@ -126,16 +131,31 @@ def public_facts(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
 
 
 def release_rows(plan: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row of text for each accounted release."""
-    return [
-        {
-            "name": release["name"],
-            "title": TITLES.get(release["name"], release["name"]),
-            "mechanism": MECHANISMS.get(release["event"]["type"], release["event"]["type"]),
-            "sampling_prob": number(release["event"]["sampling_prob"]),
-            "noise_multiplier": number(release["event"]["noise_multiplier"]),
-            "count": str(release["event"]["count"]),
-            "epsilon_alone": up(release["epsilon_alone"]),
-        }
-        for release in plan["releases"]
-    ]
+    """One row of text for each accounted release; below a search, what one of its trials releases to the choice."""
+    rows = []
+    for release in plan["releases"]:
+        event = release["event"]
+        rows.append(_row(release["name"], event) | {"epsilon_alone": up(release["epsilon_alone"])})
+        for kind, trial in enumerate(event.get("candidates", []), 1):
+            rows += [_row(one["name"], one["event"], f", in each trial of kind {kind}") for one in trial]
+    return rows
+
+
+def _row(name: str, event: Mapping[str, Any], where: str = "") -> dict[str, str]:
+    given = {key: number(event[key]) if key in event else "" for key in ("sampling_prob", "noise_multiplier")}
+    return {
+        "name": name,
+        "title": TITLES.get(name, name.capitalize()) + where,
+        "mechanism": MECHANISMS.get(event["type"], event["type"]),
+        **given,
+        "count": str(event["count"]),
+        "epsilon_alone": "",
+    }
+
+
+def choice(plan: Mapping[str, Any]) -> str:
+    """How the settings were chosen, in a sentence."""
+    tuning = plan.get("tuning")
+    if not tuning:
+        return "No search chose the settings of this run."
+    return f"The settings were chosen {tuning['how']}, {tuning['expected_trials']:g} trials (mode “{tuning['mode']}”)."

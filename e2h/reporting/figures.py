@@ -101,6 +101,51 @@ def budget_bars(plan: Mapping[str, Any]) -> Markup:
     return _svg("Privacy budget", f"{description}; target {facts.up(target)}.", BAR_WIDTH, y + 20, [*parts, note])
 
 
+def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]], title: str) -> Markup:
+    """An axis for each searched setting and one for the score; a line a trial, the best last and thick.
+
+    Args:
+      trials: values by setting, the same settings in each, and a score.
+    """
+    names = [*trials[0][0], "score"]
+    columns = [_places([values[name] for values, _ in trials]) for name in names[:-1]]
+    columns.append(_places([score for _, score in trials]))
+    xs = [LEFT + index * (WIDTH - 2 * LEFT) / (len(names) - 1) for index in range(len(names))]
+    parts = []
+    for name, x, (shown, _) in zip(names, xs, columns, strict=True):
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        short = escape(name.split(".")[-1].replace("_", " "))
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short}</text>')
+        for text, height in shown.items():
+            y = HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)
+            parts.append(f'<text class="tick" x="{x + 4:.1f}" y="{y + 4:.1f}">{escape(text)}</text>')
+    order = sorted(range(len(trials)), key=lambda index: trials[index][1])
+    for index in order:
+        heights = [heights[index] for _, heights in columns]
+        points = [
+            f"{x:.1f},{HEIGHT - BOTTOM - h * (HEIGHT - TOP - BOTTOM):.1f}" for x, h in zip(xs, heights, strict=True)
+        ]
+        width = 3 if index == order[-1] else 1
+        parts.append(
+            f'<polyline class="curve" stroke-width="{width}" style="stroke-width:{width}" points="{" ".join(points)}"/>'
+        )
+    best = ", ".join(f"{name} {value}" for name, value in trials[order[-1]][0].items())
+    description = f"{len(trials)} trials; the best, score {trials[order[-1]][1]:.4g}, has {best}."
+    return _svg(title, description, WIDTH, HEIGHT, parts)
+
+
+def _places(values: Sequence[Any]) -> tuple[dict[str, float], list[float]]:
+    """Labels of an axis with their heights in [0, 1], and the height of each value: different ones equally apart.
+
+    An axis of many values shows its ends.
+    """
+    kinds = sorted(set(values), key=lambda one: (isinstance(one, str), one))
+    heights = {one: index / max(1, len(kinds) - 1) for index, one in enumerate(kinds)}
+    named = kinds if len(kinds) <= 6 else [kinds[0], kinds[-1]]
+    texts = {f"{one:.4g}" if isinstance(one, float) else str(one): heights[one] for one in named}
+    return texts, [heights[one] for one in values]
+
+
 def _labelled(folder: Path) -> Iterator[tuple[int, bytes]]:
     for path in sorted(folder.glob("*.parquet")):
         with pq.ParquetFile(path) as file:

@@ -19,7 +19,13 @@ from e2h.reporting.check import content_problems, ledger_problems
 from e2h.reporting.report import count_images, render
 
 # Say where the private data, the run and its secret lie, not how the release was made.
-PRIVATE_KEYS = (("data", "path"), ("privacy", "secret"), ("run", "storage"), ("ledger", "path"))
+PRIVATE_KEYS = (
+    ("data", "path"),
+    ("privacy", "secret"),
+    ("run", "storage"),
+    ("ledger", "path"),
+    ("search", "proxy", "path"),
+)
 
 
 def publish(run_dir: str | os.PathLike[str], ledger_head: tuple[int, str] | None = None) -> Path:
@@ -93,8 +99,11 @@ def ledger(plan: Mapping[str, Any], head: tuple[int, str] | None = None) -> dict
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration without `PRIVATE_KEYS`."""
     found = copy.deepcopy(dict(config))
-    for section, key in PRIVATE_KEYS:
-        found.get(section, {}).pop(key, None)
+    for *sections, key in PRIVATE_KEYS:
+        holder = found
+        for section in sections:
+            holder = holder.get(section, {})
+        holder.pop(key, None)
     return found
 
 

@@ -24,12 +24,37 @@ for e in [release["event"] for release in ledger["releases"]]:
     accountant.compose(step, e["count"])
 print(accountant.get_epsilon(ledger["delta"]))
 """
+# Of a search, dp_accounting knows the Renyi bound (Papernot and Steinke 2022) alone.
+_SEARCH_RECIPE = """\
+# An upper bound that is looser than the epsilon stated: dp_accounting has no tighter one of a choice.
+import json, dp_accounting as dp
+ledger = json.load(open("ledger.json"))
+def composed(releases):
+    steps = [(dp.PoissonSampledDpEvent(e["sampling_prob"], dp.GaussianDpEvent(e["noise_multiplier"])), e["count"])
+             for e in (one["event"] for one in releases)]
+    return dp.ComposedDpEvent([dp.SelfComposedDpEvent(step, count) for step, count in steps])
+search = next(one["event"] for one in ledger["releases"] if one["event"]["type"] == "selection")
+others = [one for one in ledger["releases"] if one["event"]["type"] != "selection"]
+law, bounds = search["law"], []
+for trial in search["candidates"]:
+    accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation[ledger["neighbouring_relation"]])
+    shape = float("inf") if law["shape"] == "poisson" else law["shape"]
+    accountant.compose(dp.dp_event.RepeatAndSelectDpEvent(composed(trial), law["expected_trials"], shape))
+    bounds.append(accountant.compose(composed(others)).get_epsilon(ledger["delta"]))
+print(max(bounds))
+"""
 _ACCOUNTANTS = {"pld": "pld.PLDAccountant", "rdp": "rdp.RdpAccountant"}
 
 
-def recipe(accountant: str) -> str:
-    """The lines that recompute epsilon from `ledger.json` with dp_accounting; `accountant` is "pld" or "rdp"."""
-    return _RECIPE.format(accountant=_ACCOUNTANTS[accountant])
+def recipe(plan: Mapping[str, Any]) -> str:
+    """The lines that recompute epsilon from `ledger.json` with dp_accounting, or of a search a looser bound.
+
+    Args:
+      plan: `plan.json`, or a published ledger; its accountant is "pld" or "rdp".
+    """
+    if any(release["event"]["type"] == "selection" for release in plan["releases"]):
+        return _SEARCH_RECIPE
+    return _RECIPE.format(accountant=_ACCOUNTANTS[plan["accountant"]])
 
 
 def read_ledger(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -58,7 +83,8 @@ def stated_epsilon(ledger: Mapping[str, Any]) -> float:
 def recompute(ledger: Mapping[str, Any]) -> float:
     """Epsilon at the ledger's delta of all its releases together, by the accountant that it names.
 
-    The uniform formula serves sampling_prob = 1 too, where it equals the plain Gaussian up to 1e-7.
+    A search is recomputed by our own bound (`e2h.privacy.selection_profile`). The uniform formula serves
+    sampling_prob = 1 too, where it equals the plain Gaussian up to 1e-7.
 
     Raises:
       InputError: if an entry is missing or unknown.
@@ -66,6 +92,8 @@ def recompute(ledger: Mapping[str, Any]) -> float:
     import dp_accounting  # a second to import, and every `import e2h.reporting` would pay it
 
     try:
+        if any(release["event"]["type"] == "selection" for release in ledger["releases"]):
+            return _with_search(ledger)
         relation = dp_accounting.NeighboringRelation[ledger["neighbouring_relation"]]
         accountants = {"pld": dp_accounting.pld.PLDAccountant, "rdp": dp_accounting.rdp.RdpAccountant}
         accountant = accountants[ledger["accountant"]](neighboring_relation=relation)
@@ -76,6 +104,19 @@ def recompute(ledger: Mapping[str, Any]) -> float:
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"ledger: expected the entries of a published ledger.json ({reason})") from error
+
+
+def _with_search(ledger: Mapping[str, Any]) -> float:
+    from e2h.privacy.accounting import NEIGHBOURING_RELATION, epsilon_pld
+    from e2h.privacy.events import charge, event_from_json
+
+    relation, accountant = ledger["neighbouring_relation"], ledger["accountant"]
+    if (relation, accountant) != (NEIGHBOURING_RELATION.name, "pld"):
+        raise ValueError(
+            f"a search is recomputed for {NEIGHBOURING_RELATION.name} by pld, not {relation}, {accountant}"
+        )
+    releases = [charge(one["name"], event_from_json(one["event"])) for one in ledger["releases"]]
+    return epsilon_pld(releases, ledger["delta"])
 
 
 def _event(event: Mapping[str, Any]) -> Any:

@@ -53,7 +53,8 @@ def render(run_dir: Path, internal: bool) -> str:
         central=figures.class_strips(run_dir / "central", names, "noisy central images"),
         synthetic=figures.class_strips(run_dir / "synthetic", names, "synthetic images"),
         curves=_curves(run_dir, ReleaseClass.RELEASABLE),
-        recipe=recipe(plan["accountant"]),
+        search=_search(run_dir),
+        recipe=recipe(plan),
         version=e2h.__version__,
     )
 
@@ -68,6 +69,16 @@ def write_report(run_dir: Path) -> Path:
 def count_images(run_dir: Path) -> int:
     """Number of synthetic images of the run."""
     return sum(pq.read_metadata(path).num_rows for path in (run_dir / "synthetic").glob("*.parquet"))
+
+
+def _search(run_dir: Path) -> dict[str, Any] | None:
+    """What may be told of a search: the best trial, and the others where all of them are paid for or public."""
+    if not (run_dir / "search.json").exists():
+        return None
+    found = facts.read_json(run_dir / "search.json")
+    trials = [(one["values"], score) for one in found.get("trials", []) for score in list(one["scores"].values())[-1:]]
+    picture = figures.parallel_coordinates(trials, "Values and score of every trial") if len(trials) > 1 else None
+    return {**found, "picture": picture}
 
 
 def _schedule(plan: dict[str, Any]) -> Any:

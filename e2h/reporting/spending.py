@@ -11,7 +11,7 @@ from e2h.errors import BudgetError, InputError
 from e2h.privacy.accounting import epsilon_pld
 from e2h.privacy.chain import Chain, Record, Witness
 from e2h.privacy.dataset_ledger import composed, holds
-from e2h.privacy.events import PoissonSampledGaussian, Release
+from e2h.privacy.events import Selection, charge, event_from_json
 from e2h.privacy.ledger import Budget, State, replay
 from e2h.privacy.logs import open_log
 
@@ -68,9 +68,7 @@ def verify(chain: Chain, plan: dict[str, Any] | None) -> str:
 
 def _planned(plan: dict[str, Any]) -> tuple[Any, ...]:
     try:
-        releases = tuple(
-            Release(one["name"], PoissonSampledGaussian.from_json(one["event"])) for one in plan["releases"]
-        )
+        releases = tuple(charge(one["name"], event_from_json(one["event"])) for one in plan["releases"])
         return plan["target_epsilon"], plan["delta"], plan["neighbouring_relation"], releases
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"plan.json: expected the plan of a run ({error!r})") from error
@@ -103,7 +101,10 @@ def _run_lines(state: State, records: Sequence[Record]) -> list[str]:
     charged = {(one.name, replace(one.event, count=1)): one.event.count for one in state.charged()}
     for name, event in ((release.name, release.event) for release in budget.planned):
         counts = f"{charged.get((name, replace(event, count=1)), 0):>10}{event.count:>10}{len(state.domains(name)):>10}"
-        found.append(f"{name:<10} {event.sampling_prob:>9.4f}{event.noise_multiplier:>10.4f}{counts}")
+        if isinstance(event, Selection):
+            found.append(f"{name:<10} {'best of':>9}{event.law.expected_trials:>10g}{counts}")
+        else:
+            found.append(f"{name:<10} {event.sampling_prob:>9.4f}{event.noise_multiplier:>10.4f}{counts}")
     return found
 
 

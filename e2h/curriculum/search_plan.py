@@ -1,0 +1,209 @@
+"""What a search costs: the noise of every trial, so that all that is released, the choice included, meets the target.
+
+selection: the best of a secret random number of trials is one release (`e2h.privacy.selection`). compose: every trial
+is a release, whatever comes of it. proxy: trials read no private image and cost nothing; the run that follows is
+planned as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from e2h.config import Config
+from e2h.curriculum.search import (
+    RUNGS,
+    Values,
+    accounted,
+    candidates,
+    score_kind,
+    shares_central,
+    space,
+    value,
+    with_values,
+)
+from e2h.errors import BudgetError
+from e2h.privacy.accounting import COARSE_GRID, Bound, calibrate, epsilon_pld, solve
+from e2h.privacy.events import Charge, Choice, PoissonSampledGaussian, Release, Selection
+from e2h.privacy.ledger import releases_from, releases_json
+from e2h.privacy.plan import PrivacyPlan, central_release, check_batch, plan_of, read_plan
+from e2h.privacy.scores import score_release
+from e2h.privacy.trial_law import POISSON, TrialLaw
+
+Accounted = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search before anything is spent.
+
+    Attributes:
+      whole: what its ledger is opened with: everything that is released, by what all of it costs.
+      shared: releases made once, outside the trials: central images that all learn from.
+      trials: of each combination of accounted values, what one trial releases besides.
+      epsilon_per_trial: what one trial costs at most, at the search's delta.
+    """
+
+    whole: PrivacyPlan
+    shared: tuple[Charge, ...]
+    trials: Mapping[Accounted, PrivacyPlan]
+    epsilon_per_trial: float
+
+    def trial(self, values: Values) -> PrivacyPlan:
+        return self.trials[accounted(values)]
+
+    def trials_json(self) -> dict[str, Any]:
+        """What `read` needs beside `plan.json`."""
+        trials = [
+            {"values": dict(key), "releases": releases_json(plan.releases), "bound": asdict(plan.bound)}
+            for key, plan in self.trials.items()
+        ]
+        return {"shared": [one.name for one in self.shared], "trials": trials}
+
+    @staticmethod
+    def read(whole: dict[str, Any], trials: dict[str, Any]) -> SearchPlan:
+        """The plan that `to_json` and `trials_json` wrote."""
+        plan = read_plan(whole)
+        read = {}
+        for one in trials["trials"]:
+            releases, bound = releases_from(one["releases"]), Bound(**one["bound"])
+            trial = replace(plan, releases=releases, bound=bound, target_epsilon=bound.epsilon, shared=None)
+            read[tuple(one["values"].items())] = trial
+        shared = tuple(one for one in plan.releases if one.name in trials["shared"])
+        return SearchPlan(plan, shared, read, whole["search"]["epsilon_per_trial"])
+
+    def to_json(self, config: Config) -> dict[str, Any]:
+        """plan.json of the search's directory."""
+        search = config.search
+        noise = sorted({plan.release("finetune").event.noise_multiplier for plan in self.trials.values()})
+        facts = {
+            "mode": search.privacy,
+            "expected_trials": search.expected_trials,
+            "max_trials": search.max_trials if search.privacy == "selection" else int(search.expected_trials),
+            "noise_multiplier_per_trial": noise[0] if len(noise) == 1 else noise,
+            "epsilon_per_trial": self.epsilon_per_trial,
+        }
+        return {**self.whole.to_json(), "search": facts}
+
+
+def trial_law(config: Config) -> TrialLaw:
+    """The law of the number of trials under `selection`."""
+    search = config.search
+    shape = POISSON if search.law == "poisson" else search.shape
+    return TrialLaw(shape, search.expected_trials, search.max_trials)
+
+
+def plan_search(
+    config: Config, num_records: int, class_names: Sequence[str], drawn: Sequence[Values], quick: bool = False
+) -> SearchPlan:
+    """Solves the noise of every trial for (privacy.epsilon, privacy.delta).
+
+    All trials' noise multipliers are those of single runs with a smaller target, times one common factor, the smallest
+    with which everything together meets the target.
+
+    Args:
+      config: validated, with search.privacy selection or compose.
+      num_records: public N of the training split.
+      class_names: public class list.
+      drawn: compose: the values of every trial, in order; under selection their number and values stay out of the plan.
+      quick: for a figure to look at: noise may be a few thousandths larger than needed.
+
+    Raises:
+      InputError: if a candidate's expected batch is larger than N.
+      BudgetError: if what is released besides leaves nothing for the trials.
+    """
+    target, delta, mode = config.privacy.epsilon, config.privacy.delta, config.search.privacy
+    shared = (central_release(config.central, target, delta),) if shares_central(config) else ()
+    first = {accounted(values): with_values(config, values) for values in candidates(config)}
+    guess = target * (0.6 if mode == "selection" else max(0.5, len(drawn)) ** -0.5)
+    single = {key: _releases(one, num_records, guess, bool(shared)) for key, one in first.items()}
+
+    def released(factor: float) -> tuple[Charge, ...]:
+        trials = {key: _scaled(releases, factor) for key, releases in single.items()}
+        if mode == "selection":
+            return (*shared, Choice("search", Selection(trial_law(config), tuple(trials.values()))))
+        return (*shared, *merged([release for values in drawn for release in trials[accounted(values)]]))
+
+    _check_room(config, released(1e4))
+    costs = [(lambda factor: epsilon_pld(released(factor), delta, COARSE_GRID), 1.2)]
+    costs.append((lambda factor: epsilon_pld(released(factor), delta), 1.003))
+    factor = solve(costs[:1] if quick else costs, target, 1.0)
+
+    trials = {
+        key: plan_of(_scaled(releases, factor), first[key], num_records, class_names, part=True)
+        for key, releases in single.items()
+    }
+    per_trial = max(one.bound.epsilon for one in trials.values())
+    return SearchPlan(plan_of(released(factor), config, num_records, class_names), shared, trials, per_trial)
+
+
+def _releases(config: Config, num_records: int, target: float, shared: bool) -> tuple[Release, ...]:
+    """What one trial releases, about as a single run with this target would: DP-SGD last, as in any plan."""
+    check_batch(config, num_records)
+    search, delta = config.search, config.privacy.delta
+    asked = RUNGS[search.scheduler] if score_kind(search) == "accuracy" else ()
+    before = [score_release(search.score_noise_multiplier, share) for share in asked]
+    if config.central.enabled and not shared:
+        before.insert(0, central_release(config.central, target, delta, COARSE_GRID))
+    sampling_prob = config.finetune.expected_batch_size / num_records
+    step = PoissonSampledGaussian(sampling_prob, 1.0, config.finetune.num_steps)
+    return (*before, calibrate(before, "finetune", step, target, delta, COARSE_GRID))
+
+
+def _scaled(releases: Sequence[Release], factor: float) -> tuple[Release, ...]:
+    """With more noise in all stages; the score's is given."""
+
+    def scaled(release: Release) -> Release:
+        event = release.event
+        return replace(release, event=replace(event, noise_multiplier=event.noise_multiplier * factor))
+
+    return tuple(release if release.name.startswith("score") else scaled(release) for release in releases)
+
+
+def merged(releases: Sequence[Release]) -> tuple[Release, ...]:
+    """Equal mechanisms of one name as one release of all their steps, in the order of their first."""
+    counts: dict[tuple[str, Any], int] = {}
+    for release in releases:
+        unit = (release.name, replace(release.event, count=1))
+        counts[unit] = counts.get(unit, 0) + release.event.count
+    return tuple(Release(name, replace(event, count=count)) for (name, event), count in counts.items())
+
+
+def _check_room(config: Config, with_least: Sequence[Charge]) -> None:
+    """Refuses a target that no noise of the trials can meet."""
+    cost = epsilon_pld(with_least, config.privacy.delta, COARSE_GRID)
+    if cost > config.privacy.epsilon:
+        raise BudgetError(
+            f"privacy.epsilon={config.privacy.epsilon:g}: central images and scores alone, with "
+            f"search.expected_trials={config.search.expected_trials:g}, cost epsilon {cost:.4g} and leave nothing for "
+            "the trials; give them more noise (search.score_noise_multiplier, central.budget_share), or expect fewer"
+        )
+
+
+def price_list(config: Config, num_records: int, numbers: Sequence[int] = (4, 8, 16, 32)) -> list[dict[str, Any]]:
+    """The noise of one trial, by way of searching and expected number of trials; the first row is a single run's.
+
+    For the configuration itself, whatever is searched.
+    """
+    shared = [central_release(config.central, config.privacy.epsilon, config.privacy.delta, COARSE_GRID)]
+    step = PoissonSampledGaussian(config.finetune.expected_batch_size / num_records, 1.0, config.finetune.num_steps)
+    target = config.privacy.epsilon, config.privacy.delta
+    single = calibrate(shared if config.central.enabled else [], "finetune", step, *target, COARSE_GRID)
+    alone = single.event.noise_multiplier
+    rows: list[dict[str, Any]] = [{"mode": "proxy", "expected_trials": 1, "noise_multiplier": alone, "factor": 1.0}]
+    for mode, number in ((mode, number) for mode in ("selection", "compose") for number in numbers):
+        plan = _price(config, num_records, mode, number)
+        noise = next(iter(plan.trials.values())).release("finetune").event.noise_multiplier
+        row = {"mode": mode, "expected_trials": number, "noise_multiplier": noise, "factor": noise / alone}
+        rows.append({**row, "epsilon_per_trial": plan.epsilon_per_trial})
+    return rows
+
+
+def _price(config: Config, num_records: int, mode: str, number: int) -> SearchPlan:
+    values = {name: value(config, name) for name in space(config)}
+    only = {name: [one] for name, one in values.items()}
+    most = max(config.search.max_trials, 4 * number)
+    search = replace(config.search, privacy=mode, expected_trials=float(number), max_trials=most)
+    search = replace(search, space=only, score=None)
+    return plan_search(replace(config, search=search), num_records, (), [values] * number, quick=True)

@@ -1,0 +1,60 @@
+"""Public or synthetic images in place of the private ones, for a search that costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from e2h.config import Config, DataConfig, expect
+from e2h.curriculum.run import Run
+from e2h.data.filesystem import remove
+from e2h.data.prepare import finish_prepared
+from e2h.data.sources import open_source
+from e2h.data.storage import Prepared, open_prepared
+from e2h.distributed import datasets
+from e2h.privacy.events import Release
+from e2h.privacy.plan import PrivacyPlan, plan_of
+
+
+def stand_in_data(run: Run) -> DataConfig:
+    """Where the stand-in lies and how it is read: images of the private ones' size and channels."""
+    proxy = run.config.search.proxy
+    source, path = str(proxy.source), proxy.path
+    if source == "central":
+        source, path = "parquet", str(run.central / "images.parquet")
+    elif source == "release":
+        source, path = "parquet", f"{str(path).rstrip('/')}/data"
+    data = replace(run.config.data, source=source, path=path, class_names=None, num_records=None, resize="any")
+    return replace(data, image_column=proxy.image_column, label_column=proxy.label_column)
+
+
+def prepare_stand_in(run: Run) -> Prepared:
+    """The stand-in as a prepared set of its own, below `stand-in/` of the search's directory."""
+    folder, data = run.root / "stand-in" / "prepared", stand_in_data(run)
+    if not (folder / "meta.json").exists():
+        source = open_source(data)
+        remove(folder)
+        stats = datasets.prepare_shards(source, data, str(folder))
+        finish_prepared(str(folder), source, data, stats)
+    return open_prepared(folder)
+
+
+def as_on(plan: PrivacyPlan, num_records: int, class_names: Sequence[str], config: Config) -> PrivacyPlan:
+    """The plan of a private run, carried over to a set of another size.
+
+    Noise, expected numbers of records and steps stay, so that a trial sees what the private run would see; only the
+    sampling probabilities follow the size.
+
+    Raises:
+      InputError: if the set is smaller than an expected batch.
+    """
+    batch = config.finetune.expected_batch_size
+    advice = "search on a larger set, or on smaller batches"
+    expect(batch <= num_records, "finetune.expected_batch_size", batch, f"at most {num_records} stand-ins", advice)
+    share = plan.num_records / num_records
+    releases = [
+        replace(one, event=replace(one.event, sampling_prob=min(1.0, one.event.sampling_prob * share)))
+        for one in plan.releases
+        if isinstance(one, Release)
+    ]
+    return plan_of(releases, config, num_records, class_names, part=True)

@@ -1,0 +1,149 @@
+"""One trial of a search on Ray: central images, training, synthetic images, score; and how the best becomes the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+
+from e2h.curriculum.machine import machine
+from e2h.curriculum.notes import describe
+from e2h.curriculum.run import Run, open_run
+from e2h.curriculum.search import (
+    RUNGS,
+    Trial,
+    read_score,
+    score_kind,
+    score_path,
+    shares_central,
+    store,
+    with_values,
+    write_score,
+)
+from e2h.curriculum.synthesis import num_shards
+from e2h.curriculum.train import central_images
+from e2h.data.exports import read_hf_parquet
+from e2h.data.filesystem import copy_files, list_files, remove, write_bytes
+from e2h.data.remote import Place
+from e2h.data.storage import Prepared, iter_batches, open_prepared
+from e2h.distributed import datasets
+from e2h.distributed.stages import forget_images_of_other_weights, release_central_images
+from e2h.distributed.training import train_on_workers
+from e2h.evaluation.downstream import fit
+from e2h.privacy.keys import derive_key
+from e2h.privacy.scores import Score, central_distance, noisy_accuracy, score_release, stand_in_accuracy
+
+SCORED = 1024  # records told apart at a time
+RESULT = "search.json"
+
+
+def common(search: Run) -> Place:
+    """Whose prepared set the trials train on: the search's own, or its public stand-in's."""
+    return search.root / "stand-in" if search.config.search.privacy == "proxy" else search.root
+
+
+def run_trial(search: Run, trial: Trial, report: Callable[[float, float], None]) -> None:
+    """Runs a trial, or what is left of it; a score that was taken before is reported again.
+
+    Args:
+      report: called as report(share of the DP-SGD steps, score).
+    """
+    for share in RUNGS[search.config.search.scheduler]:
+        path = score_path(store(search.root) / trial.name, share)
+        score = read_score(path)
+        if score is None:
+            with open_run(trial.config, common(search)) as run:
+                score = _score_after(search, run, trial, share)
+                write_score(path, score)
+        report(share, score.value)
+
+
+def _score_after(search: Run, run: Run, trial: Trial, share: float) -> Score:
+    run.bind()
+    run.open_budget(trial.plan.budget)
+    run.ledger.take_over()
+    if shares_central(search.config) and search.config.search.privacy != "proxy":
+        _take(search.root, run.root, "central/")
+    else:
+        release_central_images(run, open_prepared(run.prepared), trial.plan)
+    release = trial.plan.release("finetune")
+    train_on_workers(run, release, max(1, round(share * release.event.count)))
+    forget_images_of_other_weights(run)
+    datasets.synthesize(run, num_shards(run.config.sampling))
+    # Not among Tune's own resources for the trial, which have no processor.
+    score = ray.remote(scheduling_strategy="DEFAULT")(_score)
+    return ray.get(score.remote(search, run, trial, share))
+
+
+def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
+    kind, prepared = score_kind(search.config.search), open_prepared(run.prepared)
+    synthetic = read_hf_parquet(sorted(run.synthetic.glob("part-*.parquet")))
+    if kind == "central":
+        return central_distance(synthetic, central_images(run))
+    classes = len(prepared.manifest.class_names)
+    predict = fit("logistic_regression", *synthetic, classes, run.config.evaluation.cnn_epochs, run.config.seed)
+    if kind == "test":
+        return stand_in_accuracy(predict, _blocks(prepared, "test"))
+    release = score_release(search.config.search.score_noise_multiplier, share)
+    weights = hashlib.sha256(run.weights.read_bytes()).hexdigest()
+    # Other weights would be another query: the ledger refuses to pay a second time.
+    domain = run.domain(release.event.to_json(), prepared.manifest.digest, f"{machine()} {weights}")
+    run.ledger.spend(release.name, release.event, domain, 0, 1)
+    key = derive_key(run.secret(), "score/noise", domain)
+    return noisy_accuracy(predict, _blocks(prepared, "train"), trial.plan.num_records, release, key)
+
+
+def _blocks(prepared: Prepared, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return ((block.images, block.labels) for block in iter_batches(prepared.paths(split), SCORED))
+
+
+def adopt(search: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:
+    """Makes the best trial the run: its files are copied, and `search.json` says that all of them are there.
+
+    Args:
+      told: what else may be said of the search.
+    """
+    run = replace(search, config=with_values(search.config, trial.values))
+    source = store(search.root) / trial.name
+    if not (source / "checkpoints" / "model.safetensors").exists():
+        raise RuntimeError(f"{trial.name}: expected the weights of the best trial")
+    for name in ("central/", "checkpoints/model.safetensors"):
+        _take(source, run.root, name)
+    _take_rows(source, run)
+    for stage in ("train", *(["central"] if run.config.central.enabled else [])):
+        run.mark_done(stage)
+    result = {"values": trial.values, "score": score.to_json(), **told}
+    write_bytes(run.root / RESULT, json.dumps(result, indent=2).encode())
+    return run
+
+
+def adopted(search: Run) -> Run | None:
+    """The run that a finished search has become; None before."""
+    if not (search.root / RESULT).exists():
+        return None
+    values = json.loads((search.root / RESULT).read_text())["values"]
+    run = replace(search, config=with_values(search.config, values))
+    describe(run.root, run.config)
+    if search.config.search.privacy == "selection":
+        remove(store(search.root))  # the others never leave; how many there were is a secret
+    return run
+
+
+def _take(source: Place, target: Place, prefix: str) -> None:
+    names = [name for name, _ in list_files(source) if name.startswith(prefix) and not name.endswith("_SUCCESS.json")]
+    copy_files(source, target, names)
+
+
+def _take_rows(source: Place, run: Run) -> None:
+    """Of a trial's metrics those that may be released."""
+    path = source / "metrics.jsonl"
+    rows = path.read_bytes().splitlines() if path.exists() else []
+    kept = [row for row in rows if row.strip() and json.loads(row)["class"] == "releasable"]
+    before = run.root / "metrics.jsonl"
+    shared = [row for row in (before.read_bytes().splitlines() if before.exists() else []) if row not in kept]
+    write_bytes(before, b"".join(row + b"\n" for row in [*shared, *kept]))
