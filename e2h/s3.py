@@ -5,6 +5,7 @@ Credentials, region and endpoint (AWS_ENDPOINT_URL) come from boto3's usual plac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -30,6 +31,33 @@ def split(url: str) -> tuple[str, str]:
     """`s3://bucket/key` -> bucket, key."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     return bucket, key
+
+
+class Bucket:
+    """Whole objects of one bucket, a request each."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._process_client: tuple[int, Any] = (0, None)
+
+    @property
+    def client(self) -> Any:
+        """A client of this very process: two that share a connection after a fork would read each other's answers."""
+        if self._process_client[0] != os.getpid():
+            self._process_client = os.getpid(), client()
+        return self._process_client[1]
+
+    def get(self, key: str) -> bytes | None:
+        """An object's content; None where there is none."""
+        try:
+            content: bytes = self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
+        except self.client.exceptions.NoSuchKey:
+            return None
+        return content
+
+    def put(self, key: str, content: bytes, **condition: str) -> bool:
+        """Writes an object; False if the condition did not hold (see the function `put`)."""
+        return put(self.client, self.name, key, content, **condition) is not None
 
 
 def put(store: Any, bucket: str, key: str, content: bytes, **condition: str) -> str | None:

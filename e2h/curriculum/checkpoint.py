@@ -30,10 +30,10 @@ class Checkpoints:
     Args:
       folder: created if absent, owner-only.
       binding: digest of what the weights depend on; a checkpoint of another binding is refused.
-      leaving: whether a machine of the group was given notice. A question to all workers: each asks it after each step.
+      leaving: whether a machine of the group was given notice, asked on every worker with the number of steps made.
     """
 
-    def __init__(self, folder: Place, binding: str, leaving: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, folder: Place, binding: str, leaving: Callable[[int], bool] = lambda step: False) -> None:
         self.folder, self.binding, self.leaving = folder, binding, leaving
         self.saved = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -46,7 +46,7 @@ class Checkpoints:
         Always after the last step. Otherwise after `every` steps, when `EVERY_S` have passed, or as often as can be
         once a machine of the group must leave; but never while one is being written: no step waits for the store.
         """
-        leaving = self.leaving()
+        leaving = self.leaving(step)
         if step == last:
             return True
         if self._writing is not None and not self._writing.done():

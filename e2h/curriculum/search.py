@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from e2h.config import Config, LedgerConfig, RunConfig, SearchConfig, digest, expect
 from e2h.curriculum.run import Run
@@ -24,6 +24,7 @@ from e2h.errors import InputError
 from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan
 from e2h.privacy.scores import Score
+from e2h.privacy.trial_law import POISSON, TrialLaw
 from e2h.validation import validate
 
 Values = dict[str, Any]  # by dotted key
@@ -82,6 +83,8 @@ def check_search(config: Config) -> None:
     modes = "proxy, selection or compose: how the choice is paid for; there is no default on sensitive data"
     expect(search.privacy is not None, "search.privacy", search.privacy, modes, "see docs/search.md")
     candidates(config)
+    if search.privacy == "selection":
+        trial_law(config)
     if score_kind(search) == "central":
         easy = config.central.enabled and all(not name.startswith("central.") for name in names)
         reason = "distances to different central images can't be compared"
@@ -89,11 +92,21 @@ def check_search(config: Config) -> None:
     if search.privacy == "compose" and search.sampler == "optuna" and not same_accounting(config):
         reason = "what a trial costs must be fixed before any trial is seen"
         expect(False, "search.sampler", "optuna", "no setting in search.space that the accounting depends on", reason)
+    same = search.proxy.source == config.data.source and search.proxy.path == config.data.path
+    advice = "these are the private images themselves; trials on them are charged by selection or compose"
+    expect(not same, "search.proxy.source", search.proxy.source, "public or synthetic images", advice)
     if search.proxy.source == "central":
         free = config.central.enabled and all(not name.startswith("central.") for name in names)
         reason = "they are released, and paid for, before the search"
         ok = free and same_accounting(config)
         expect(ok, "search.proxy.source", "central", "no setting in search.space that the accounting uses", reason)
+
+
+def trial_law(config: Config) -> TrialLaw:
+    """The law of the number of trials under `selection`; `InputError` if there is none."""
+    search = config.search
+    shape = POISSON if search.law == "poisson" else search.shape
+    return TrialLaw(shape, search.expected_trials, search.max_trials)
 
 
 def shares_central(config: Config) -> bool:
@@ -125,17 +138,23 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
             holder = getattr(holder, section, None)
         known = holder is not None and hasattr(holder, last) and not is_dataclass(getattr(holder, last))
         expect(known, "search.space", name, "the dotted key of a setting, e.g. warmup.num_steps")
-        setattr(holder, last, _like(getattr(holder, last), value, name))
+        kind = get_type_hints(type(holder))[last]
+        expect(_fits(value, kind), f"search.space.{name}", value, f"values of type {_type_name(kind)}")
+        setattr(holder, last, float(value) if type(value) is int and not _fits(value, kind, strict=True) else value)
     return copied
 
 
-def _like(old: Any, value: Any, name: str) -> Any:
-    """The value, in the old one's type where that is certain: a whole number serves as a float."""
-    if isinstance(old, float) and type(value) is int:
-        return float(value)
-    same = old is None or value is None or type(value) is type(old)
-    expect(same, f"search.space.{name}", value, f"values like {old!r}")
-    return value
+def _fits(value: Any, kind: Any, strict: bool = False) -> bool:
+    """Whether a value is of the type that the schema asks for; unless `strict`, a whole number serves as a float."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(one, get_args(kind)[0], strict) for one in value)
+    if get_args(kind):
+        return any(_fits(value, one, strict) for one in get_args(kind))
+    return type(value) is kind or (not strict and kind is float and type(value) is int)
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def accounted(values: Values) -> tuple[tuple[str, Any], ...]:

@@ -1,6 +1,6 @@
 """What a search costs: the noise of every trial, so that all that is released, the choice included, meets the target.
 
-selection: the best of a secret random number of trials is one release (`e2h.privacy.selection`). compose: every trial
+selection: the best of a secret random number of trials is one release (`selection_profile`). compose: every trial
 is a release, whatever comes of it. proxy: trials read no private image and cost nothing; the run that follows is
 planned as any other.
 """
@@ -20,16 +20,16 @@ from e2h.curriculum.search import (
     score_kind,
     shares_central,
     space,
+    trial_law,
     value,
     with_values,
 )
-from e2h.errors import BudgetError
+from e2h.errors import BudgetError, InputError
 from e2h.privacy.accounting import COARSE_GRID, Bound, calibrate, epsilon_pld, solve
 from e2h.privacy.events import Charge, Choice, PoissonSampledGaussian, Release, Selection
 from e2h.privacy.ledger import releases_from, releases_json
 from e2h.privacy.plan import PrivacyPlan, central_release, check_batch, plan_of, read_plan
 from e2h.privacy.scores import score_release
-from e2h.privacy.trial_law import POISSON, TrialLaw
 
 Accounted = tuple[tuple[str, Any], ...]
 
@@ -87,20 +87,13 @@ class SearchPlan:
         return {**self.whole.to_json(), "search": facts}
 
 
-def trial_law(config: Config) -> TrialLaw:
-    """The law of the number of trials under `selection`."""
-    search = config.search
-    shape = POISSON if search.law == "poisson" else search.shape
-    return TrialLaw(shape, search.expected_trials, search.max_trials)
-
-
 def plan_search(
     config: Config, num_records: int, class_names: Sequence[str], drawn: Sequence[Values], quick: bool = False
 ) -> SearchPlan:
     """Solves the noise of every trial for (privacy.epsilon, privacy.delta).
 
     All trials' noise multipliers are those of single runs with a smaller target, times one common factor, the smallest
-    with which everything together meets the target.
+    with which everything together meets the target; those that the configuration gives stay as they are.
 
     Args:
       config: validated, with search.privacy selection or compose.
@@ -117,10 +110,14 @@ def plan_search(
     shared = (central_release(config.central, target, delta),) if shares_central(config) else ()
     first = {accounted(values): with_values(config, values) for values in candidates(config)}
     guess = target * (0.6 if mode == "selection" else max(0.5, len(drawn)) ** -0.5)
-    single = {key: _releases(one, num_records, guess, bool(shared)) for key, one in first.items()}
+    given = {key: _given(one, target, bool(shared)) for key, one in first.items()}
+    single = {key: _solved(one, num_records, guess, bool(shared)) for key, one in first.items()}
+
+    def at(factor: float) -> dict[Accounted, tuple[Release, ...]]:
+        return {key: (*given[key], *_scaled(releases, factor)) for key, releases in single.items()}
 
     def released(factor: float) -> tuple[Charge, ...]:
-        trials = {key: _scaled(releases, factor) for key, releases in single.items()}
+        trials = at(factor)
         if mode == "selection":
             return (*shared, Choice("search", Selection(trial_law(config), tuple(trials.values()))))
         return (*shared, *merged([release for values in drawn for release in trials[accounted(values)]]))
@@ -131,34 +128,35 @@ def plan_search(
     factor = solve(costs[:1] if quick else costs, target, 1.0)
 
     trials = {
-        key: plan_of(_scaled(releases, factor), first[key], num_records, class_names, part=True)
-        for key, releases in single.items()
+        key: plan_of(releases, first[key], num_records, class_names, part=True) for key, releases in at(factor).items()
     }
     per_trial = max(one.bound.epsilon for one in trials.values())
     return SearchPlan(plan_of(released(factor), config, num_records, class_names), shared, trials, per_trial)
 
 
-def _releases(config: Config, num_records: int, target: float, shared: bool) -> tuple[Release, ...]:
-    """What one trial releases, about as a single run with this target would: DP-SGD last, as in any plan."""
-    check_batch(config, num_records)
-    search, delta = config.search, config.privacy.delta
+def _given(config: Config, target: float, shared: bool) -> tuple[Release, ...]:
+    """What one trial releases with noise that the configuration gives: its score, perhaps its central images."""
+    search, central = config.search, config.central
     asked = RUNGS[search.scheduler] if score_kind(search) == "accuracy" else ()
-    before = [score_release(search.score_noise_multiplier, share) for share in asked]
-    if config.central.enabled and not shared:
-        before.insert(0, central_release(config.central, target, delta, COARSE_GRID))
-    sampling_prob = config.finetune.expected_batch_size / num_records
-    step = PoissonSampledGaussian(sampling_prob, 1.0, config.finetune.num_steps)
+    scores = [score_release(search.score_noise_multiplier, share) for share in asked]
+    fixed = central.enabled and not shared and central.noise_multiplier is not None
+    return (*([central_release(central, target, config.privacy.delta)] if fixed else []), *scores)
+
+
+def _solved(config: Config, num_records: int, target: float, shared: bool) -> tuple[Release, ...]:
+    """What one trial releases besides, with the noise of a single run with this target: DP-SGD last, as in any plan."""
+    check_batch(config, num_records)
+    central, delta = config.central, config.privacy.delta
+    inside = central.enabled and not shared and central.noise_multiplier is None
+    before = [central_release(central, target, delta, COARSE_GRID)] if inside else []
+    step = PoissonSampledGaussian(config.finetune.expected_batch_size / num_records, 1.0, config.finetune.num_steps)
     return (*before, calibrate(before, "finetune", step, target, delta, COARSE_GRID))
 
 
-def _scaled(releases: Sequence[Release], factor: float) -> tuple[Release, ...]:
-    """With more noise in all stages; the score's is given."""
-
-    def scaled(release: Release) -> Release:
-        event = release.event
-        return replace(release, event=replace(event, noise_multiplier=event.noise_multiplier * factor))
-
-    return tuple(release if release.name.startswith("score") else scaled(release) for release in releases)
+def _scaled(releases: Sequence[Release], factor: float) -> list[Release]:
+    """With more noise in all of them."""
+    events = [replace(one.event, noise_multiplier=one.event.noise_multiplier * factor) for one in releases]
+    return [replace(one, event=event) for one, event in zip(releases, events, strict=True)]
 
 
 def merged(releases: Sequence[Release]) -> tuple[Release, ...]:
@@ -184,7 +182,8 @@ def _check_room(config: Config, with_least: Sequence[Charge]) -> None:
 def price_list(config: Config, num_records: int, numbers: Sequence[int] = (4, 8, 16, 32)) -> list[dict[str, Any]]:
     """The noise of one trial, by way of searching and expected number of trials; the first row is a single run's.
 
-    For the configuration itself, whatever is searched.
+    For the configuration itself, whatever is searched. Where the target does not reach, or no law of the number of
+    trials has that mean below `search.max_trials`, the noise is None.
     """
     shared = [central_release(config.central, config.privacy.epsilon, config.privacy.delta, COARSE_GRID)]
     step = PoissonSampledGaussian(config.finetune.expected_batch_size / num_records, 1.0, config.finetune.num_steps)
@@ -193,17 +192,19 @@ def price_list(config: Config, num_records: int, numbers: Sequence[int] = (4, 8,
     alone = single.event.noise_multiplier
     rows: list[dict[str, Any]] = [{"mode": "proxy", "expected_trials": 1, "noise_multiplier": alone, "factor": 1.0}]
     for mode, number in ((mode, number) for mode in ("selection", "compose") for number in numbers):
-        plan = _price(config, num_records, mode, number)
-        noise = next(iter(plan.trials.values())).release("finetune").event.noise_multiplier
-        row = {"mode": mode, "expected_trials": number, "noise_multiplier": noise, "factor": noise / alone}
-        rows.append({**row, "epsilon_per_trial": plan.epsilon_per_trial})
+        rows.append({"mode": mode, "expected_trials": number, **_price(config, num_records, mode, number, alone)})
     return rows
 
 
-def _price(config: Config, num_records: int, mode: str, number: int) -> SearchPlan:
+def _price(config: Config, num_records: int, mode: str, number: int, alone: float) -> dict[str, Any]:
     values = {name: value(config, name) for name in space(config)}
     only = {name: [one] for name, one in values.items()}
     most = max(config.search.max_trials, 4 * number)
     search = replace(config.search, privacy=mode, expected_trials=float(number), max_trials=most)
     search = replace(search, space=only, score=None)
-    return plan_search(replace(config, search=search), num_records, (), [values] * number, quick=True)
+    try:
+        plan = plan_search(replace(config, search=search), num_records, (), [values] * number, quick=True)
+    except (BudgetError, InputError):
+        return {"noise_multiplier": None, "factor": None, "epsilon_per_trial": None}
+    noise = next(iter(plan.trials.values())).release("finetune").event.noise_multiplier
+    return {"noise_multiplier": noise, "factor": noise / alone, "epsilon_per_trial": plan.epsilon_per_trial}

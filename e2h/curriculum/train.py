@@ -35,7 +35,7 @@ def train(
     workers: Workers,
     report: Report,
     progress: Callable[[str, int], None],
-    leaving: Callable[[], bool] = lambda: False,
+    leaving: Callable[[int], bool] = lambda step: False,
     until: int | None = None,
 ) -> None:
     """Trains the diffusion model of a run; call it on every worker. The same call resumes.
@@ -45,7 +45,7 @@ def train(
       release: the accounted DP-SGD event.
       report: called on rank 0 as report(metric, value, step).
       progress: called on every worker as progress(stage, finished steps).
-      leaving: called on every worker after each step: whether a machine of the group was given notice.
+      leaving: called on every worker as leaving(finished steps): whether a machine of the group was given notice.
       until: DP-SGD steps after which to stop, with the weights of that step; none: all.
     """
     # One thread a worker: sums inside a kernel then have one order, and a replay is bit-identical.

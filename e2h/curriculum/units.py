@@ -2,9 +2,9 @@
 
 A unit's results depend on its size to the last bit, so the size is part of the domain of a private release
 (docs/guarantee.md, section 7). It is therefore chosen once, before anything is charged, by rank 0, written to the run's
-folder, and read from there for every worker and after every restart. Two runs of one configuration choose the same size
-wherever memory is not short: time, which varies, does not count. Measured are made-up images: the size tells nothing
-about the records.
+folder, and read from there for every worker and after every restart, however many workers there are by then. Two runs
+with equally many workers choose the same size wherever memory is not short: time, which varies, does not count.
+Measured are made-up images: the size tells nothing about the records.
 
 Out of memory while measuring: a smaller size is taken. Out of memory later, in a paid step: the run stops. Going on
 with another size would be another domain, whose steps the budget doesn't pay for.
@@ -35,6 +35,7 @@ from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
 
 LARGEST = {"cpu": 64, "cuda": 256}  # images; beyond, neither gets faster by much
+UNITS_PER_WORKER = 4  # of a step: whole units are dealt out, so with fewer some workers wait for others
 SIZES = tuple(2**i for i in range(9))  # up to the largest of these
 MEMORY_SHARE = 0.5  # of what is free now; the other half is for everything that comes later
 CONTROL_GROUPS = (  # versions 2 and 1
@@ -88,16 +89,19 @@ def _kept(path: Place) -> int:
 def largest_that_fits(network: UNet, settings: FinetuneConfig, image_size: int, channels: int, workers: Workers) -> int:
     """The largest power of two of images whose private micro-batch fits the memory of one worker.
 
+    Not so large that workers would wait for each other: each has about `UNITS_PER_WORKER` units of an expected batch.
     Doubles the size while twice the memory that was used last is within `MEMORY_SHARE` of what was free.
 
     Args:
       network: on the workers' device; left as it is.
+      workers: as many as will share a batch.
 
     Raises:
       InputError: if not even one image fits.
     """
     limit = MEMORY_SHARE * free_bytes(workers.device) / (1 if workers.device.type == "cuda" else workers.size)
-    largest, size, fits = min(LARGEST[workers.device.type], settings.expected_batch_size), 1, 0
+    share = settings.expected_batch_size // (UNITS_PER_WORKER * workers.size)
+    largest, size, fits = min(LARGEST[workers.device.type], max(1, share)), 1, 0
     while size <= largest:
         try:
             used = memory_of(partial(_micro_batch, network, settings, size, image_size, channels), workers.device)

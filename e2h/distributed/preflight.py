@@ -52,14 +52,15 @@ def search_dry_run(config: Config, root: Place) -> None:
     check_binding(root, config)
     source = preflight(config)
     num_records = config.data.num_records or source.num_train
-    rows = price_list(config, num_records)
     if config.search.privacy == "proxy":
         dry_run(config, root)
+        rows = price_list(config, num_records)
     else:
         # Which trials are drawn is a secret that there need not be yet; those listed first are as many.
         number, choices = int(config.search.expected_trials), candidates(config)
         drawn = [choices[place % len(choices)] for place in range(number)]
         plan = plan_search(config, num_records, source.class_names, drawn)
+        rows = price_list(config, num_records)
         content = {**plan.to_json(config), "prices": rows}
         if Run(root, config).ledger.budget() is None:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -85,5 +86,10 @@ def _show_prices(rows: list[dict[str, Any]]) -> None:
     by_mode = {(row["mode"], row["expected_trials"]): row for row in rows[1:]}
     for number in sorted({number for _, number in by_mode}):
         cells = [by_mode[mode, number] for mode in ("selection", "compose")]
-        text = "".join(f"{row['noise_multiplier']:>11.4f} {'x' + format(row['factor'], '.2f'):>7}" for row in cells)
-        print(f"{'':<10} {number:>8g}{text}", flush=True)
+        print(f"{'':<10} {number:>8g}{''.join(map(_shown_price, cells))}", flush=True)
+
+
+def _shown_price(row: dict[str, Any]) -> str:
+    if row["noise_multiplier"] is None:
+        return f"{'-':>19}"
+    return f"{row['noise_multiplier']:>11.4f} {'x' + format(row['factor'], '.2f'):>7}"

@@ -38,9 +38,10 @@ from e2h.curriculum.search import (
     space,
     store,
     trial_config,
+    trial_law,
     with_values,
 )
-from e2h.curriculum.search_plan import SearchPlan, plan_search, trial_law
+from e2h.curriculum.search_plan import SearchPlan, plan_search
 from e2h.data.filesystem import remove, write_bytes
 from e2h.data.storage import Prepared
 from e2h.distributed.capacity import check_capacity
@@ -53,6 +54,7 @@ from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan, make_plan
 from e2h.privacy.scores import Score
 from e2h.reporting.facts import read_json
+from e2h.reporting.metrics import MetricWriter
 
 NINTHS = 9  # of a trial's steps: the unit in which ASHA counts
 
@@ -77,6 +79,7 @@ def search_trials(run: Run, prepared: Prepared) -> Run:
     trial, score = best(scores, score_kind(search))
     told = {} if search.privacy == "selection" else {"trials": [_told(run, one) for one in trials]}
     winner = adopt(run, trial, score, told) if search.privacy != "proxy" else _go_on(run, trial, score, told)
+    _show(winner, told)
     _say_best(winner)
     return adopted(run) or winner
 
@@ -89,7 +92,8 @@ def _open_budget(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan
     if plan.shared:
         release_central_images(run, prepared, plan.whole)
     for release in (one for one in plan.whole.releases if one not in plan.shared):
-        domain = run.domain(release.event.to_json(), prepared.manifest.digest, digest(search_binding(run.config)))
+        bound = digest([release.name, search_binding(run.config)])
+        domain = run.domain(release.event.to_json(), prepared.manifest.digest, bound)
         run.ledger.spend(release.name, release.event, domain, 0, release.event.count)
     return plan.trial
 
@@ -110,7 +114,7 @@ def _open_proxy(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan]
     """Prepares the stand-in; a trial on it has the noise, batch and steps that a run on the private set would have."""
     if run.config.search.proxy.source == "central":
         release_central_images(run, prepared, calibrate(run, prepared))
-    stand_in, facts = prepare_stand_in(run), prepared.manifest
+    stand_in, facts = prepare_stand_in(run, prepared), prepared.manifest
 
     @functools.cache
     def planned(key: tuple[tuple[str, Any], ...]) -> PrivacyPlan:
@@ -242,9 +246,18 @@ def _go_on(run: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:
     return replace(run, config=with_values(run.config, trial.values))
 
 
+def _show(run: Run, told: dict[str, Any]) -> None:
+    """TensorBoard's HParams view: of all trials, or under `selection` of the best."""
+    result = read_json(run.root / RESULT)
+    rows = [(one["values"], list(one["scores"].values())[-1]) for one in told.get("trials", []) if one["scores"]]
+    with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
+        for place, (values, score) in enumerate(rows or [(result["values"], result["score"]["value"])]):
+            metrics.trial(f"trial-{place:03d}" if rows else "best", values, score)
+
+
 def _say_best(run: Run) -> None:
     result = json.loads((run.root / RESULT).read_text())
     values = [f"{name}={json.dumps(value)}" for name, value in result["values"].items()]
     say("search", f"best of the trials, score {result['score']['value']:.4f}: {' '.join(values)}")
-    kept = [one for one in sys.argv[1:] if not one.startswith("search.")]
+    kept = [one for one in sys.argv[1:] if not one.startswith(("search.", "run.name="))]
     say("", f"the same settings alone: {shlex.join(['python', 'jobs/pipeline.py', *kept, *values])}")

@@ -28,15 +28,23 @@ def stand_in_data(run: Run) -> DataConfig:
     return replace(data, image_column=proxy.image_column, label_column=proxy.label_column)
 
 
-def prepare_stand_in(run: Run) -> Prepared:
-    """The stand-in as a prepared set of its own, below `stand-in/` of the search's directory."""
+def prepare_stand_in(run: Run, private: Prepared) -> Prepared:
+    """The stand-in as a prepared set of its own, below `stand-in/` of the search's directory.
+
+    Raises:
+      InputError: if it can't be read, or is the private set: trials on that are not free.
+    """
     folder, data = run.root / "stand-in" / "prepared", stand_in_data(run)
     if not (folder / "meta.json").exists():
         source = open_source(data)
         remove(folder)
         stats = datasets.prepare_shards(source, data, str(folder))
         finish_prepared(str(folder), source, data, stats)
-    return open_prepared(folder)
+    found = open_prepared(folder)
+    here, there = ({file.digest for file in one.manifest.files["train"]} for one in (found, private))
+    advice = "these are the private images themselves; trials on them are charged by selection or compose"
+    expect(not here & there, "search.proxy.path", run.config.search.proxy.path, "public or synthetic images", advice)
+    return found
 
 
 def as_on(plan: PrivacyPlan, num_records: int, class_names: Sequence[str], config: Config) -> PrivacyPlan:

@@ -92,7 +92,7 @@ def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
     release = score_release(search.config.search.score_noise_multiplier, share)
     weights = hashlib.sha256(run.weights.read_bytes()).hexdigest()
     # Other weights would be another query: the ledger refuses to pay a second time.
-    domain = run.domain(release.event.to_json(), prepared.manifest.digest, f"{machine()} {weights}")
+    domain = run.domain(release.event.to_json(), prepared.manifest.digest, f"{release.name} {machine()} {weights}")
     run.ledger.spend(release.name, release.event, domain, 0, 1)
     key = derive_key(run.secret(), "score/noise", domain)
     return noisy_accuracy(predict, _blocks(prepared, "train"), trial.plan.num_records, release, key)

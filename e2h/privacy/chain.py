@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from e2h import s3
 from e2h.errors import BudgetError, InputError
 
 Record = dict[str, Any]
@@ -43,14 +44,7 @@ class Log(Protocol):
         """Adds a line, durable when it returns; `ConflictError` if the log does not hold `position` lines."""
 
 
-class Witness(Protocol):
-    """A file, or an object that is written whole."""
-
-    def exists(self) -> bool: ...
-
-    def read_text(self) -> str: ...
-
-    def write_bytes(self, content: bytes, /) -> Any: ...
+Witness = os.PathLike[str]  # a file, or s3://bucket/key
 
 
 class Chain:
@@ -58,13 +52,14 @@ class Chain:
 
     Args:
       log: where they are kept.
-      witness: a small file that holds the length and head that was last seen, so that a cut tail or a
+      witness: a small file or object that holds the length and head that was last seen, so that a cut tail or a
         deleted object is noticed; None where there is no such place.
       begins_anew: whether an empty log is a new beginning although the witness saw records.
     """
 
     def __init__(self, log: Log, witness: Witness | None = None, begins_anew: bool = True) -> None:
         self.log, self.witness, self.begins_anew = log, witness, begins_anew
+        self._memory = None if witness is None else _memory(os.fspath(witness))
         self._known: tuple[list[bytes], list[Record]] = [], []
 
     def read(self) -> list[Record]:
@@ -121,30 +116,61 @@ class Chain:
         return list(self._known[1])
 
     def _seen(self) -> tuple[int, str] | None:
-        if self.witness is None or not self.witness.exists():
+        content = self._memory.read() if self._memory else None
+        if content is None:
             return None
         try:
-            length, head = json.loads(self.witness.read_text())
+            length, head = json.loads(content)
         except (ValueError, TypeError) as error:
             raise BudgetError(f"{self.witness}: expected the ledger's length and head; remove it") from error
         return length, head
 
     def _testify(self, length: int, line: bytes) -> None:
         """After the record: a kill in between leaves a witness of fewer records, which the log satisfies."""
-        if self.witness is None:
-            return
-        if not isinstance(self.witness, Path):
-            self.witness.write_bytes(json.dumps(_head([line], length)).encode())  # replaces a whole object
-            return
-        temporary = self.witness.with_name(f"{self.witness.name}.{secrets.token_hex(8)}.tmp")
+        if self._memory:
+            self._memory.replace(json.dumps(_head([line], length)).encode())
+
+
+class _FileMemory:
+    """A witness on a file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> bytes | None:
+        return self.path.read_bytes() if self.path.exists() else None
+
+    def replace(self, content: bytes) -> None:
+        temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}.tmp")
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(json.dumps(_head([line], length)))
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.witness)
+            temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class _ObjectMemory:
+    """A witness in a bucket, where an object is read and replaced by one request."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        bucket, self.key = s3.split(location)
+        self.bucket = s3.Bucket(bucket)
+
+    def read(self) -> bytes | None:
+        with s3.explained(self.location):
+            return self.bucket.get(self.key)
+
+    def replace(self, content: bytes) -> None:
+        with s3.explained(self.location):
+            self.bucket.put(self.key, content)
+
+
+def _memory(location: str) -> _FileMemory | _ObjectMemory:
+    return _ObjectMemory(location) if location.startswith("s3://") else _FileMemory(Path(location))
 
 
 def encode(record: Record) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from e2h import s3
 from e2h.errors import BudgetError, InputError
@@ -100,16 +100,16 @@ def _sync_folder(folder: Path) -> None:
 class ObjectLog:
     """One object a line, `PREFIX/000000000000` and on, each created only where none is (If-None-Match: *).
 
-    Lines that were read are kept: an object is never written twice. Credentials, region and endpoint come from boto3's
-    usual places.
+    Lines that were read or written are kept: an object is never written twice. Credentials, region and endpoint come
+    from boto3's usual places.
     """
 
     def __init__(self, location: str) -> None:
         self.location = location.rstrip("/")
-        self.bucket, self.prefix = s3.split(self.location)
+        bucket, self.prefix = s3.split(self.location)
+        self.bucket = s3.Bucket(bucket)
         self._lines: list[bytes] = []
         self._probed = False
-        self._process_client: tuple[int, Any] = (0, None)
 
     def read(self) -> list[bytes]:
         with self._explained():
@@ -133,6 +133,8 @@ class ObjectLog:
             # A retried request finds its own object: it was written, and only the first answer was lost.
             if not created and self._get(position) != line:
                 raise ConflictError
+        if position == len(self._lines):
+            self._lines.append(line)
 
     def probe(self) -> None:
         """Refuses a store that ignores If-None-Match: there two writers could take one position.
@@ -152,13 +154,6 @@ class ObjectLog:
         self._probed = True
 
     @property
-    def _client(self) -> Any:
-        """A client of this very process: two that share a connection after a fork would read each other's answers."""
-        if self._process_client[0] != os.getpid():
-            self._process_client = os.getpid(), s3.client()
-        return self._process_client[1]
-
-    @property
     def _lost_answers(self) -> tuple[type[Exception], ...]:
         from botocore.exceptions import ClientError, HTTPClientError
 
@@ -172,18 +167,16 @@ class ObjectLog:
 
     def _create(self, name: str, content: bytes) -> bool:
         """False if the object is there already, or another write to it is under way."""
-        return s3.put(self._client, self.bucket, self._key(name), content, IfNoneMatch="*") is not None
+        return self.bucket.put(self._key(name), content, IfNoneMatch="*")
 
     def _get(self, position: int) -> bytes | None:
-        try:
-            answer = self._client.get_object(Bucket=self.bucket, Key=self._key(self._name(position)))
-            return answer["Body"].read()
-        except self._client.exceptions.NoSuchKey:
-            return None
+        return self.bucket.get(self._key(self._name(position)))
 
     def _count(self) -> int:
         """Objects from the first on, by a listing: a gap means that some were deleted."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/")
+        pages = self.bucket.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket.name, Prefix=f"{self.prefix}/"
+        )
         names = {entry["Key"].rpartition("/")[2] for page in pages for entry in page.get("Contents", [])}
         found = {int(name) for name in names if name.isdigit() and len(name) == OBJECT_DIGITS}
         missing = sorted(set(range(max(found, default=-1) + 1)) - found)

@@ -1,4 +1,4 @@
-"""From the privacy loss of one trial to that of the best of K trials: the numbers behind `e2h.privacy.selection`.
+"""From the privacy loss of one trial to that of the best of K trials: the numbers behind a `Selection`.
 
 Let one trial have the law Q on one data set and Q' on its neighbour, f(x) = E[x^K], and u(y) = Q(better than y). The
 best of K trials, A, has the density f'(1 - u) with respect to Q. On the neighbour u' <= T(u), where

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -114,6 +115,21 @@ class MetricWriter:
         writer = self._writers[metric.release_class]
         writer.add_image(name, array, step, _event_time(metric.release_class, now), dataformats="HWC")
         self._append(name, metric, list(array.shape), step, now)
+
+    def trial(self, name: str, values: Mapping[str, Any], score: float) -> None:
+        """One row of TensorBoard's HParams view: what a trial of a search tried, and its score; both are releasable.
+
+        Only of trials that are paid for or read public images, and of the best one.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        now = _event_time(ReleaseClass.RELEASABLE, time.time())
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
+        writer = _summary_writer(self._folder / "tb" / ReleaseClass.RELEASABLE / "trials" / name)
+        for summary in hparams(plain, {"search/score": None}):
+            writer.file_writer.add_summary(summary, 0, now)
+        writer.add_scalar("search/score", score, 0, now)
+        writer.close()
 
     def _append(self, name: str, metric: Metric, value: object, step: int, now: float) -> None:
         row = {"name": name, "value": value, "step": int(step), "class": str(metric.release_class), "time": now}

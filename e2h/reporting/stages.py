@@ -39,6 +39,7 @@ def stages(
     easy, parts = known["central_images"], sum(name.startswith("synthetic/part-") for name in names)
     found = [
         _stage("prepare", finished["prepare"], _any(names, "prepared")),
+        *([_stage("search", "search.json" in names, _any(names, "trials/"))] if known["search"] else []),
         _stage("central", finished["central"], _any(names, "central/"), on=easy),
         *_training(known, names, finished["train"], at),
         _stage("sample", finished["sample"], parts > 0, done=parts, total=known["num_shards"]),

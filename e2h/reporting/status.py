@@ -83,12 +83,17 @@ def look(root: Place, witness: Witness, holder: str | None) -> Status:
         raise InputError(f"{root}: expected a run directory (runs/NAME or s3://bucket/prefix/NAME); found {planned}")
     config, known = _configuration(root)
     status = Status(str(root), known, holder)
-    moving = [(age, name) for name, age in ages.items() if is_visible(name) and not name.startswith(OF_RAY)]
+    moving = [(age, _told(name)) for name, age in ages.items() if is_visible(name) and not name.startswith(OF_RAY)]
     status.moved = min(moving)[::-1]
     _read_ledger(status, ledger_of(root, config), witness)
     _read_notes(status, root, ages)
     _read_stages(status, root, ages, digest(config))
     return status
+
+
+def _told(name: str) -> str:
+    """A file's name without that of the trial it belongs to: how many trials a search has may be a secret."""
+    return "trials" if name.startswith("trials/") else name
 
 
 def file_ages(root: Place) -> dict[str, float]:
@@ -145,6 +150,7 @@ def _known_by(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_images": int(sampling["num_images"]),
         "num_shards": -(-int(sampling["num_images"]) // int(sampling["images_per_shard"])),
         "evaluation": bool(config["evaluation"]["enabled"]),
+        "search": (config.get("search") or {}).get("privacy"),
         "seed": int(config["seed"]),
     }
 
@@ -187,9 +193,11 @@ def _read_stages(status: Status, root: Place, ages: Mapping[str, float], binding
     saved = {stage: checkpoint_step(ages, stage) for stage in ("finetune", "warmup")}
     status.checkpoint = next(((stage, step) for stage, step in saved.items() if step), None)
     marks = {stage: f"{folder}/_SUCCESS.json" for stage, folder in FOLDERS.items()}
-    # As for the run itself, a mark of another configuration counts for nothing.
+    # As for the run itself, a mark of another configuration counts for nothing; a search has two of them, the one that
+    # it began with and its best trial's.
+    known = [binding] + ([digest(_object(status, root, "binding.json"))] if "binding.json" in ages else [])
     finished = {
-        stage: mark in ages and _object(status, root, mark).get("binding") == binding for stage, mark in marks.items()
+        stage: mark in ages and _object(status, root, mark).get("binding") in known for stage, mark in marks.items()
     }
     position = str(at.get("stage", "")), _count(at.get("step"))
     status.stages = stages(status.config, ages, finished, position, status.holder is not None)
