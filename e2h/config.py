@@ -182,7 +182,7 @@ class SearchConfig:
     law: str = "negative_binomial"  # selection: negative_binomial | poisson
     shape: float = 3.0  # of the negative binomial: 1 geometric, 0 logarithmic
     score: str | None = None  # accuracy (noisy, charged) | central (free) | test (proxy only); none: accuracy or test
-    score_noise_multiplier: float = 25.0  # accuracy: of the noise on the number of records told right
+    score_noise_multiplier: float | None = None  # accuracy: noise on the number told right; none: 0.5 % of N
     score_images: int = 1000  # synthetic images behind a score
     sampler: str = "random"  # random | optuna; selection: random
     scheduler: str = "fifo"  # fifo | asha; selection: fifo

@@ -172,7 +172,8 @@ def _validate_search(search: SearchConfig) -> None:
     trials, whole = search.expected_trials, search.privacy == "selection" or search.expected_trials % 1 == 0
     expect(whole and trials >= 1, "search.expected_trials", trials, "a whole number of at least 1")
     _positive_int(search, "search", "max_trials", "score_images", "concurrent_trials")
-    _positive(search, "search", "score_noise_multiplier")
+    if search.score_noise_multiplier is not None:
+        _positive(search, "search", "score_noise_multiplier")
     _choice("search.law", search.law, ("negative_binomial", "poisson"))
     if search.score is not None:
         reason = "a score from the real test set is accounted nowhere, and what it chose would depend on it"

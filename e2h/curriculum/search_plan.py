@@ -7,6 +7,7 @@ planned as any other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,13 +26,20 @@ from e2h.curriculum.search import (
     with_values,
 )
 from e2h.errors import BudgetError, InputError
-from e2h.privacy.accounting import COARSE_GRID, Bound, calibrate, epsilon_pld, solve
+from e2h.privacy.accounting import COARSE_GRID, FINE_GRID, Bound, calibrate, epsilon_pld, solve
 from e2h.privacy.events import Charge, Choice, PoissonSampledGaussian, Release, Selection
 from e2h.privacy.ledger import releases_from, releases_json
 from e2h.privacy.plan import PrivacyPlan, central_release, check_batch, plan_of, read_plan
 from e2h.privacy.scores import score_release
 
+# By default a score deviates by half a percent, and costs little beside the training of a trial.
+SCORE_DEVIATION, LEAST_SCORE_NOISE = 0.005, 25.0
+
 Accounted = tuple[tuple[str, Any], ...]
+Trials = dict[Accounted, tuple[Release, ...]]
+
+# What a single run's target is taken for, of the search's; noise of stages and candidates keeps the ratios it has there.
+GUESS = 0.6
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,7 @@ class SearchPlan:
         return {**self.whole.to_json(), "search": facts}
 
 
-def plan_search(
-    config: Config, num_records: int, class_names: Sequence[str], drawn: Sequence[Values], quick: bool = False
-) -> SearchPlan:
+def plan_search(config: Config, num_records: int, class_names: Sequence[str], drawn: Sequence[Values]) -> SearchPlan:
     """Solves the noise of every trial for (privacy.epsilon, privacy.delta).
 
     All trials' noise multipliers are those of single runs with a smaller target, times one common factor, the smallest
@@ -100,20 +106,28 @@ def plan_search(
       num_records: public N of the training split.
       class_names: public class list.
       drawn: compose: the values of every trial, in order; under selection their number and values stay out of the plan.
-      quick: for a figure to look at: noise may be a few thousandths larger than needed.
 
     Raises:
       InputError: if a candidate's expected batch is larger than N.
       BudgetError: if what is released besides leaves nothing for the trials.
     """
-    target, delta, mode = config.privacy.epsilon, config.privacy.delta, config.search.privacy
-    shared = (central_release(config.central, target, delta),) if shares_central(config) else ()
-    first = {accounted(values): with_values(config, values) for values in candidates(config)}
-    guess = target * (0.6 if mode == "selection" else max(0.5, len(drawn)) ** -0.5)
-    given = {key: _given(one, target, bool(shared)) for key, one in first.items()}
-    single = {key: _solved(one, num_records, guess, bool(shared)) for key, one in first.items()}
+    shared, releases, whole = solve_search(config, num_records, drawn)
+    trials = {key: plan_of(one, config, num_records, class_names, part=True) for key, one in releases.items()}
+    per_trial = max(one.bound.epsilon for one in trials.values())
+    return SearchPlan(plan_of(whole, config, num_records, class_names), shared, trials, per_trial)
 
-    def at(factor: float) -> dict[Accounted, tuple[Release, ...]]:
+
+def solve_search(
+    config: Config, num_records: int, drawn: Sequence[Values], grid: float = FINE_GRID
+) -> tuple[tuple[Charge, ...], Trials, tuple[Charge, ...]]:
+    """Of `plan_search`: what is released once, by each kind of trial, and all together; at a coarse grid quickly."""
+    target, delta, mode = config.privacy.epsilon, config.privacy.delta, config.search.privacy
+    shared = (central_release(config.central, target, delta, grid),) if shares_central(config) else ()
+    first = {accounted(values): with_values(config, values) for values in candidates(config)}
+    given = {key: _given(one, num_records, target, bool(shared)) for key, one in first.items()}
+    single = {key: _solved(one, num_records, GUESS * target, bool(shared)) for key, one in first.items()}
+
+    def at(factor: float) -> Trials:
         return {key: (*given[key], *_scaled(releases, factor)) for key, releases in single.items()}
 
     def released(factor: float) -> tuple[Charge, ...]:
@@ -125,20 +139,16 @@ def plan_search(
     _check_room(config, released(1e4))
     costs = [(lambda factor: epsilon_pld(released(factor), delta, COARSE_GRID), 1.2)]
     costs.append((lambda factor: epsilon_pld(released(factor), delta), 1.003))
-    factor = solve(costs[:1] if quick else costs, target, 1.0)
-
-    trials = {
-        key: plan_of(releases, first[key], num_records, class_names, part=True) for key, releases in at(factor).items()
-    }
-    per_trial = max(one.bound.epsilon for one in trials.values())
-    return SearchPlan(plan_of(released(factor), config, num_records, class_names), shared, trials, per_trial)
+    factor = solve(costs[:1] if grid == COARSE_GRID else costs, target, 1.0)
+    return shared, at(factor), released(factor)
 
 
-def _given(config: Config, target: float, shared: bool) -> tuple[Release, ...]:
+def _given(config: Config, num_records: int, target: float, shared: bool) -> tuple[Release, ...]:
     """What one trial releases with noise that the configuration gives: its score, perhaps its central images."""
     search, central = config.search, config.central
     asked = RUNGS[search.scheduler] if score_kind(search) == "accuracy" else ()
-    scores = [score_release(search.score_noise_multiplier, share) for share in asked]
+    noise = search.score_noise_multiplier or max(LEAST_SCORE_NOISE, SCORE_DEVIATION * num_records)
+    scores = [score_release(noise, share) for share in asked]
     fixed = central.enabled and not shared and central.noise_multiplier is not None
     return (*([central_release(central, target, config.privacy.delta)] if fixed else []), *scores)
 
@@ -150,7 +160,12 @@ def _solved(config: Config, num_records: int, target: float, shared: bool) -> tu
     inside = central.enabled and not shared and central.noise_multiplier is None
     before = [central_release(central, target, delta, COARSE_GRID)] if inside else []
     step = PoissonSampledGaussian(config.finetune.expected_batch_size / num_records, 1.0, config.finetune.num_steps)
-    return (*before, calibrate(before, "finetune", step, target, delta, COARSE_GRID))
+    return (*before, _calibrated(tuple(before), step, target, delta))
+
+
+@functools.cache
+def _calibrated(before: tuple[Release, ...], step: PoissonSampledGaussian, target: float, delta: float) -> Release:
+    return calibrate(before, "finetune", step, target, delta, COARSE_GRID)
 
 
 def _scaled(releases: Sequence[Release], factor: float) -> list[Release]:
@@ -203,8 +218,9 @@ def _price(config: Config, num_records: int, mode: str, number: int, alone: floa
     search = replace(config.search, privacy=mode, expected_trials=float(number), max_trials=most)
     search = replace(search, space=only, score=None)
     try:
-        plan = plan_search(replace(config, search=search), num_records, (), [values] * number, quick=True)
+        _, trials, _ = solve_search(replace(config, search=search), num_records, [values] * number, COARSE_GRID)
     except (BudgetError, InputError):
         return {"noise_multiplier": None, "factor": None, "epsilon_per_trial": None}
-    noise = next(iter(plan.trials.values())).release("finetune").event.noise_multiplier
-    return {"noise_multiplier": noise, "factor": noise / alone, "epsilon_per_trial": plan.epsilon_per_trial}
+    (trial,) = trials.values()
+    noise, cost = trial[-1].event.noise_multiplier, epsilon_pld(trial, config.privacy.delta, COARSE_GRID)
+    return {"noise_multiplier": noise, "factor": noise / alone, "epsilon_per_trial": cost}

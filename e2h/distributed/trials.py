@@ -36,7 +36,7 @@ from e2h.distributed.stages import forget_images_of_other_weights, release_centr
 from e2h.distributed.training import train_on_workers
 from e2h.evaluation.downstream import fit
 from e2h.privacy.keys import derive_key
-from e2h.privacy.scores import Score, central_distance, noisy_accuracy, score_release, stand_in_accuracy
+from e2h.privacy.scores import Score, central_distance, noisy_accuracy, score_name, stand_in_accuracy
 
 SCORED = 1024  # records told apart at a time
 RESULT = "search.json"
@@ -89,7 +89,7 @@ def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
     predict = fit("logistic_regression", *synthetic, classes, run.config.evaluation.cnn_epochs, run.config.seed)
     if kind == "test":
         return stand_in_accuracy(predict, _blocks(prepared, "test"))
-    release = score_release(search.config.search.score_noise_multiplier, share)
+    release = trial.plan.release(score_name(share))
     weights = hashlib.sha256(run.weights.read_bytes()).hexdigest()
     # Other weights would be another query: the ledger refuses to pay a second time.
     domain = run.domain(release.event.to_json(), prepared.manifest.digest, f"{release.name} {machine()} {weights}")

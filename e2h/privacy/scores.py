@@ -48,15 +48,19 @@ class Score:
         return Score(value["kind"], value["value"], release)
 
 
+def score_name(share: float) -> str:
+    """The score's release after a share of the trial's DP-SGD steps; each asking is a release of its own."""
+    return "score" if share == 1 else f"score after {share:.3f}"
+
+
 def score_release(noise_multiplier: float, share: float = 1.0) -> Release:
     """The event of `noisy_accuracy`: one Gaussian query over all records, of sensitivity 1.
 
     Args:
       noise_multiplier: of the noise on a number of records.
-      share: of the trial's DP-SGD steps, after which it is asked; each asking is a release of its own.
+      share: of the trial's DP-SGD steps, after which it is asked.
     """
-    name = "score" if share == 1 else f"score after {share:.3f}"
-    return Release(name, PoissonSampledGaussian(1.0, noise_multiplier, 1))
+    return Release(score_name(share), PoissonSampledGaussian(1.0, noise_multiplier, 1))
 
 
 def noisy_accuracy(
