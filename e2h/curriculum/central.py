@@ -182,14 +182,15 @@ class CentralQuery:
         Returns:
           uint8 [num_rounds, num_groups, H, W, C] at full size.
         """
-        values = released * (self.sensitivity * 2.0**-GRID_BITS)
-        pooled = self._decode_mean(values) if self.central.query == "mean" else self._decode_mode(values)
+        pooled = self.means(released) if self.central.query == "mean" else self._decode_mode(self._values(released))
         side = self.image_size // self.central.pool_factor
         small = np.clip(pooled, 0, 1).reshape(-1, side, side, self.channels)
         full = np.stack([self._enlarge(np.rint(image * 255).astype(np.uint8)) for image in small])
         return full.reshape(*released.shape[:2], self.image_size, self.image_size, self.channels)
 
-    def _decode_mean(self, values: np.ndarray) -> np.ndarray:
+    def means(self, released: np.ndarray) -> np.ndarray:
+        """Of the mean query: grey values float64 [num_rounds, num_groups, num_pixels], by their noise outside [0, 1]."""
+        values = self._values(released)
         pixels, counts = values[..., :-1], np.full((1, values.shape[1], 1), self.expected_count)
         weight = self.central.count_weight * self.central.max_norm
         if weight > 0:
@@ -198,6 +199,9 @@ class CentralQuery:
             counts = np.maximum(values[..., -1:].mean(axis=0, keepdims=True) / weight, max(floor, 1.0))
         centre = self._half_steps(self.central.centre) / (2 * self._white)
         return centre + pixels / counts
+
+    def _values(self, released: np.ndarray) -> np.ndarray:
+        return released * (self.sensitivity * 2.0**-GRID_BITS)
 
     def _decode_mode(self, values: np.ndarray) -> np.ndarray:
         num_bins = self.central.num_bins
