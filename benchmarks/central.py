@@ -6,8 +6,9 @@
 
 The event is that of the published runs (DP-FETA, Li et al. 2025): 5 rounds, sampling probability 0.1, noise multiplier
 5. The published query takes every second pixel and bounds a record by the worst case, the root of the number of pixels
-(14); the others average areas and clip to a part of that, and one coordinate may count records. The error is that of the mean over rounds, in
-grey values from 0 to 1, before pixels are cut to that range; its own pooling of the private mean is the truth.
+(14); the others average areas and clip to a part of that, and one coordinate may count records. The error is that of
+the mean over rounds, in grey values from 0 to 1, before pixels are cut to that range; its own pooling of the private
+mean is the truth.
 """
 
 from __future__ import annotations
