@@ -75,18 +75,13 @@ def remedies(work: Work, host: Host, hardware: Hardware, workers: int) -> Iterat
         "as it is": (work, host, hardware),
         "ledger in a file": (work, host, replace(hardware, request=0.0)),
         "finetune.ledger_block=128": (replace(work, ledger_block=128), host, hardware),
-        "the next step's mask drawn beside the GPU": (work, replace(host, mask=0.0), hardware),
-        "the question to Ray every 16 steps": (
-            work, replace(host, barrier=host.barrier / 16, barrier_worker=host.barrier_worker / 16), hardware
-        ),
         "micro-batches made beside the GPU": (work, replace(host, image=0.0, normal=0.0), hardware),
         "sixteen times the batch, a sixteenth of the steps": (
             replace(work, batch=16 * work.batch, steps=work.steps // 16), host, hardware
         ),
         "all of these but the batch": (
             replace(work, ledger_block=128),
-            replace(host, mask=0.0, image=0.0, normal=0.0, barrier=host.barrier / 16,
-                    barrier_worker=host.barrier_worker / 16),
+            replace(host, image=0.0, normal=0.0),
             hardware,
         ),
     }  # fmt: skip

@@ -146,7 +146,7 @@ class ScalingConfig:
     min_workers: int | None = None  # elastic: train with as few, grow to num_workers; none: always num_workers
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
-    physical_batch_size: int | None = None  # work unit, in images; none: what fits the memory, up to 64 (GPU 256)
+    physical_batch_size: int | None = None  # work unit, in images; none: what fits, up to 1/4 of a worker's share
     max_failures: int = 3  # restarts of the worker group
 
 

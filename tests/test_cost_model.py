@@ -15,6 +15,7 @@ from werkzeug.serving import WSGIRequestHandler
 
 from e2h.config import SamplingConfig
 from e2h.data.remote import place
+from e2h.distributed import training
 from e2h.errors import InputError
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget, Ledger
@@ -25,12 +26,15 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import scale  # noqa: E402
 from lib.cost_model import (  # noqa: E402
+    ASK_EVERY_S,
+    ASK_EVERY_STEPS,
     HARDWARE,
     PAYMENT_REQUESTS,
     UNITS,
     Hardware,
     Host,
     Work,
+    barrier,
     best_unit,
     busiest_units,
     central_seconds,
@@ -141,6 +145,22 @@ def test_noise_hides_behind_gradients_where_there_is_a_core_for_it():
     hidden = step_terms(WORK, slow, GPU, 8, 16)
     assert hidden["noise"] == pytest.approx(0.5 - hidden["gradients"] - hidden["idle, padding"])
     assert step_terms(WORK, HOST, GPU, 8, 16)["noise"] == 0
+
+
+def test_a_mask_hides_too_however_many_workers_there_are():
+    many = replace(WORK, records=10_000_000)
+    assert step_terms(many, HOST, replace(GPU, spare_core=False), 64, 16)["mask"] == pytest.approx(0.1)
+    hidden = step_terms(many, HOST, GPU, 64, 16)
+    assert hidden["mask"] == pytest.approx(0.1 - hidden["gradients"] - hidden["idle, padding"])
+    assert step_terms(WORK, HOST, GPU, 64, 16)["mask"] == 0
+
+
+def test_ray_is_asked_once_a_second_or_every_sixteenth_step_or_in_each_that_is_longer():
+    question = HOST.barrier + 8 * HOST.barrier_worker
+    assert [barrier(HOST, 8, step) / question for step in (0.01, 0.25, 1.0, 3.0)] == pytest.approx(
+        [1 / 16, 1 / 4, 1, 1]
+    )
+    assert (ASK_EVERY_S, ASK_EVERY_STEPS) == (training.ASK_EVERY_S, training.ASK_EVERY_STEPS)
 
 
 def test_the_ledger_is_shared_by_the_steps_of_a_block_and_grows():

@@ -1,8 +1,8 @@
 """What a step of DP-SGD and a whole run cost, as a sum of named terms: seconds from counts and constants.
 
-A step is bulk-synchronous: every worker draws the mask over all records, evaluates its work units, and one collective
-ends it. What rank 0 does alone (ledger, checkpoint) all others wait for. So the terms add up; the noise alone, made in
-a thread of its own, hides behind the gradients where there is a core for it.
+A step is bulk-synchronous: every worker evaluates its work units, and one collective ends it. What rank 0 does alone
+(ledger, checkpoint) all others wait for. So the terms add up; but this step's noise and the next one's mask, each made
+in a thread of its own, hide behind the gradients where there are cores for them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Host:
     product: float  # record, round and number of the central pass, as a matrix product
     select: float  # the same for a record that the round drew, looked up
     normal64: float  # normal number of a sampler
-    barrier: float  # Ray's question whether a machine must leave, asked after each step
+    barrier: float  # Ray's question whether a machine must leave
     barrier_worker: float  # the same, for each worker
     start: float  # start of Ray and a group of workers
 
@@ -97,7 +97,7 @@ class Hardware:
       copy: bytes a second from host to device; infinite where there is none.
       hop, link: seconds a message, and bytes a second, between neighbours of the ring on one node.
       far_hop, far_link: the same where the ring leaves the node.
-      spare_core: whether a worker has a core for the thread that makes noise.
+      spare_core: whether a worker has cores for the threads that make noise and mask.
       request: seconds a request to the store where the ledger lies; 0 for a file.
     """
 
@@ -123,8 +123,10 @@ class Hardware:
             expect(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a number of at least 0")
 
 
+# Ray's question is asked once in so many seconds, or steps (e2h.distributed.training, which would load Ray).
+ASK_EVERY_S, ASK_EVERY_STEPS = 1.0, 16
 # One payment into a ledger in a bucket, its witness included; tests/test_cost_model.py counts them.
-PAYMENT_REQUESTS = 9
+PAYMENT_REQUESTS = 4
 
 _CLOUD = {"unit": 0.01, "copy": 2e10, "hop": 1e-5, "far_hop": 5e-5, "spare_core": True, "request": 0.1}
 HARDWARE = {
@@ -161,6 +163,16 @@ def payment(work: Work, host: Host, hardware: Hardware) -> float:
     return at_store + host.payment_record * work.steps / work.ledger_block / 2
 
 
+def behind(seconds: float, gradients: float, hardware: Hardware) -> float:
+    """What a thread leaves to wait for that works beside the gradients."""
+    return max(0.0, seconds - gradients) if hardware.spare_core else seconds
+
+
+def barrier(host: Host, workers: int, step: float) -> float:
+    """Seconds a step of `step` seconds for Ray's question."""
+    return (host.barrier + workers * host.barrier_worker) / min(ASK_EVERY_STEPS, max(1.0, ASK_EVERY_S / step))
+
+
 def step_terms(
     work: Work, host: Host, hardware: Hardware, workers: int, unit: int, units: float | None = None
 ) -> dict[str, float]:
@@ -173,19 +185,18 @@ def step_terms(
     normals = work.draws * work.pixels
     ideal = work.batch / workers * work.training_flops / hardware.flops
     padded = units * unit * work.training_flops / hardware.flops
-    noise = work.parameters / workers * host.noise
     terms = {
         "gradients": ideal,
         "idle, padding": padded - ideal,
         "launches": units * hardware.unit,
         "micro-batches": units * unit * (host.image + normals * (host.normal + 4 / hardware.copy)),
-        "mask": work.records * host.mask,
-        "noise": max(0.0, noise - padded) if hardware.spare_core else noise,
+        "mask": behind(work.records * host.mask, padded, hardware),
+        "noise": behind(work.parameters / workers * host.noise, padded, hardware),
         "collective": ring(TOTAL_BYTES * work.parameters, workers, hardware),
         "update": work.parameters * hardware.update,
-        "barrier": host.barrier + workers * host.barrier_worker,
         "ledger": payment(work, host, hardware) / work.ledger_block,
     }
+    terms["barrier"] = barrier(host, workers, sum(terms.values()))
     # Saved after so many steps or seconds, whichever is sooner.
     distance = min(work.checkpoint_every, max(1.0, EVERY_S / sum(terms.values())))
     return {**terms, "checkpoint": STATE_BYTES * work.parameters * host.save / distance}
@@ -228,7 +239,8 @@ def warmup_seconds(work: Work, host: Host, hardware: Hardware, workers: int) -> 
     size, units = math.ceil(one.batch / UNITS_PER_STEP), math.ceil(UNITS_PER_STEP / workers)
     a_unit = size * (one.training_flops / hardware.flops + host.image + one.pixels * host.normal) + hardware.unit
     ends = ring(TOTAL_BYTES * one.parameters, workers, hardware) + one.parameters * hardware.update
-    return work.warmup_steps * (units * a_unit + ends + host.barrier + workers * host.barrier_worker)
+    a_step = units * a_unit + ends
+    return work.warmup_steps * (a_step + barrier(host, workers, a_step))
 
 
 def sampling_seconds(work: Work, host: Host, hardware: Hardware, workers: int) -> float:

@@ -189,7 +189,7 @@ class CentralQuery:
         return full.reshape(*released.shape[:2], self.image_size, self.image_size, self.channels)
 
     def means(self, released: np.ndarray) -> np.ndarray:
-        """Of the mean query: grey values float64 [num_rounds, num_groups, num_pixels], by their noise outside [0, 1]."""
+        """Of the mean query: grey values float64 [num_rounds, num_groups, num_pixels], not cut to [0, 1]."""
         values = self._values(released)
         pixels, counts = values[..., :-1], np.full((1, values.shape[1], 1), self.expected_count)
         weight = self.central.count_weight * self.central.max_norm

@@ -6,6 +6,8 @@ import numpy as np
 
 from e2h.privacy.keys import permute_blocks
 
+COINS = 2**14  # tossed at a time: what stays in the processor's cache is six times as fast
+
 
 def poisson_mask(key: bytes, step: int, record_ids: np.ndarray, sampling_prob: float) -> np.ndarray:
     """Which records join `step`: independent coins of probability `sampling_prob`.
@@ -24,9 +26,17 @@ def poisson_mask(key: bytes, step: int, record_ids: np.ndarray, sampling_prob: f
     """
     if sampling_prob >= 1:
         return np.ones(len(record_ids), bool)
+    # Rounded down: the real probability is below the accounted one by less than 2^-64.
+    bound = np.uint64(int(sampling_prob * 2.0**64))
+    joins = np.empty(len(record_ids), bool)
+    for start in range(0, len(joins), COINS):
+        part = slice(start, start + COINS)
+        joins[part] = _coins(key, step, record_ids[part]) < bound
+    return joins
+
+
+def _coins(key: bytes, step: int, record_ids: np.ndarray) -> np.ndarray:
     blocks = np.empty((len(record_ids), 2), "<u8")
     blocks[:, 0] = step
     blocks[:, 1] = record_ids.astype(np.int64).view(np.uint64)
-    coins = np.frombuffer(permute_blocks(key, blocks.tobytes()), "<u8")[::2]
-    # Rounded down: the real probability is below the accounted one by less than 2^-64.
-    return coins < np.uint64(int(sampling_prob * 2.0**64))
+    return np.frombuffer(permute_blocks(key, blocks.tobytes()), "<u8")[::2]

@@ -38,6 +38,7 @@ SETTINGS = [
     "sampling.num_steps=4",
     "evaluation.enabled=false",
 ]
+ALONE = ["scaling.num_workers=1", "scaling.physical_batch_size=8"]  # the unit that two workers choose
 
 
 def command(storage: object, *overrides: str) -> list[str]:

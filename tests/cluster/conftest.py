@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cluster_runs import finish, outcome, start
+from cluster_runs import ALONE, finish, outcome, start
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """On this machine alone, with one worker."""
     storage = tmp_path_factory.mktemp("undisturbed")
-    finish(start(storage, None, "scaling.num_workers=1"), storage)
+    finish(start(storage, None, *ALONE), storage)
     return outcome(storage)

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster_runs import ROOT, SECRET_VARIABLES, command, finish, outcome, start, step
+from cluster_runs import ALONE, ROOT, SECRET_VARIABLES, command, finish, outcome, start, step
 
 from clusters import RAY, Cluster, cluster, wait_until
 
@@ -37,5 +37,5 @@ def test_a_submitted_job_on_spot_nodes_with_a_bucket_makes_the_undisturbed_relea
     printed = log.read_text()
     assert "1 node of 0 CPU" in printed  # there was nothing else when it began
     assert "Traceback" not in printed
-    finish(start(tmp_path, None, "scaling.num_workers=1", "finetune.num_steps=300"), tmp_path)
+    finish(start(tmp_path, None, *ALONE, "finetune.num_steps=300"), tmp_path)
     assert outcome(storage) == outcome(tmp_path)

@@ -77,7 +77,7 @@ class Training:
     binding: str = "binding"
     settings: FinetuneConfig = field(default_factory=lambda: FINETUNE)
     stop_after: int | None = None
-    leaving: Callable[[], bool] = lambda: False
+    leaving: Callable[[int], bool] = lambda step: False
     progressed: list[int] = field(default_factory=list)
     reported: list[tuple[str, float, int]] = field(default_factory=list)
 

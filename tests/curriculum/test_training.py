@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -114,6 +115,43 @@ def test_a_resumed_run_is_the_uninterrupted_one(alone, tmp_path, killed_after):
     assert torch.equal(parameters(again.network), parameters(alone["training"].network))
     assert torch.equal(averaged(ema), alone["ema"])
     assert new_ledger(tmp_path).charged() == (RELEASE,)
+
+
+@pytest.mark.usefixtures("quick_store")
+def test_a_draw_made_ahead_is_its_own_steps_after_a_kill_too(alone, tmp_path, monkeypatch):
+    """Draws come late or early, as they may: the step of each must be the one that it was made for."""
+    mask = poisson_mask
+    monkeypatch.setattr(
+        finetune_module,
+        "poisson_mask",
+        lambda key, step, *rest: (time.sleep(0.02 * (step % 3)), mask(key, step, *rest))[1],
+    )
+    before = watch_units(monkeypatch.setattr)
+    with pytest.raises(Killed):
+        Training(tmp_path, network=warmed(tmp_path), stop_after=11).run()
+    monkeypatch.undo()
+    after = watch_units(monkeypatch.setattr)
+    again = Training(tmp_path, network=warmed(tmp_path))
+    again.run()
+    assert (sorted(before), sorted(after)) == (list(range(11)), list(range(10, STEPS)))
+    assert all(places == alone["seen"][step] for seen in (before, after) for step, places in seen.items())
+    assert torch.equal(parameters(again.network), parameters(alone["training"].network))
+
+
+def test_a_draw_that_fails_ahead_ends_the_run_in_its_own_step(tmp_path, monkeypatch):
+    def failing(key, step, *rest):
+        if step == 6:
+            raise MemoryError("no room for the coins of step 6")
+        return poisson_mask(key, step, *rest)
+
+    monkeypatch.setattr(finetune_module, "poisson_mask", failing)
+    training = Training(tmp_path)
+    with pytest.raises(MemoryError, match="step 6"):
+        training.run()
+    assert training.progressed == list(range(1, 7))
+    monkeypatch.undo()
+    training.run()
+    assert training.progressed == [*range(1, 7), *range(6, STEPS + 1)]
 
 
 def test_another_domain_draws_other_records_and_noise(alone, tmp_path):

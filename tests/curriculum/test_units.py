@@ -34,13 +34,22 @@ def chosen(monkeypatch, used=lambda size: 0, memory=2**40, batch=1000, workers=A
     return largest_that_fits(network(), FinetuneConfig(expected_batch_size=batch), 8, 1, workers), tried
 
 
-def test_sizes_double_up_to_the_largest_or_the_batch(monkeypatch):
+def test_sizes_double_up_to_the_largest_or_a_fourth_of_the_batch(monkeypatch):
     assert chosen(monkeypatch) == (64, [1, 2, 4, 8, 16, 32, 64])
-    assert chosen(monkeypatch, batch=20) == (16, [1, 2, 4, 8, 16])
+    assert chosen(monkeypatch, batch=80) == (16, [1, 2, 4, 8, 16])
 
 
-def test_where_memory_is_not_short_the_number_of_workers_does_not_count(monkeypatch):
-    assert {chosen(monkeypatch, workers=Workers(0, size, CPU))[0] for size in (1, 2, 3, 8)} == {64}
+@pytest.mark.parametrize(
+    ("batch", "workers", "size"),
+    [(4000, 1, 64), (4000, 15, 64), (4000, 16, 32), (4000, 64, 8), (1000, 8, 16), (1023, 8, 16), (1024, 8, 32)],
+)
+def test_every_worker_gets_about_four_units_of_a_batch(monkeypatch, batch, workers, size):
+    assert chosen(monkeypatch, batch=batch, workers=Workers(0, workers, CPU))[0] == size
+
+
+@pytest.mark.parametrize("workers", [1, 2, 100])
+def test_a_unit_has_an_image_however_few_there_are_for_each_worker(monkeypatch, workers):
+    assert chosen(monkeypatch, batch=3, workers=Workers(0, workers, CPU)) == (1, [1])
 
 
 def test_memory_ends_the_search(monkeypatch):
@@ -65,7 +74,7 @@ def test_out_of_memory_leaves_the_size_below(monkeypatch):
 def test_a_real_choice_leaves_the_network_as_it_is():
     net = network()
     before = [parameter.clone() for parameter in net.parameters()]
-    settings = FinetuneConfig(expected_batch_size=4, noise_multiplicity=2)
+    settings = FinetuneConfig(expected_batch_size=16, noise_multiplicity=2)
     assert largest_that_fits(net, settings, 8, 1, ALONE) == 4
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in net.parameters())

@@ -28,13 +28,7 @@ def gated_worker(folder: Path, gates: dict[str, str], config: dict[str, Any]) ->
 
     original = training.train
 
-    def gated(run, release, workers, report, progress, leaving):
-        noticed: list[bool] = []
-
-        def watched() -> bool:
-            noticed.append(leaving())
-            return noticed[-1]
-
+    def gated(run, release, workers, report, progress, leaving, until):
         def step_made(stage: str, step: int) -> None:
             if stage != "finetune":
                 return
@@ -42,10 +36,11 @@ def gated_worker(folder: Path, gates: dict[str, str], config: dict[str, Any]) ->
                 with open(folder / "steps", "a") as file:
                     file.write(f"{workers.size} {step} {os.getpid()}\n")
             gate = gates.get(f"{workers.size}-{step}")
-            while gate == "killed" or (gate == "notice" and not leaving()):
+            # Asked about step 0 it asks Ray each time; about later ones now and then.
+            while gate == "killed" or (gate == "notice" and not leaving(0)):
                 time.sleep(0.05)
 
-        original(run, release, workers, report, step_made, watched)
+        original(run, release, workers, report, step_made, leaving, until)
 
     training.train = gated
     try:

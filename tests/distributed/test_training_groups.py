@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import boto3
 import pytest
+import torch
 from ray.train import ControllerError
 from ray.train.v2._internal.execution.controller import state
 from ray.train.v2._internal.execution.storage import StorageContext
@@ -14,6 +15,7 @@ from small_runs import small_config
 
 from e2h.config import ScalingConfig
 from e2h.curriculum.run import open_run
+from e2h.curriculum.workers import Workers
 from e2h.data.filesystem import remove
 from e2h.data.remote import place
 from e2h.distributed import deadline, training
@@ -143,3 +145,66 @@ def test_what_ray_keeps_in_a_bucket_can_be_taken_away(bucket):
     assert "runs/digits/ray/train-1/" in objects()
     remove(storage)
     assert not [key for key in objects() if key.startswith("runs/digits/ray")]
+
+
+# Notice --------------------------------------------------------------------------------------------------------------
+
+
+class Told(Workers):
+    """One of several in this process; rank 0, who comes first, says what all add up to."""
+
+    said = 0
+
+    def sum_integers(self, values):
+        if self.rank == 0:
+            Told.said = int(values)
+        assert int(values) in (0, Told.said)
+        values.fill_(Told.said)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """asked(steps, given): where steps are (number, seconds on rank 0), the places of those after which three workers
+    ask Ray, and of those after which they know that there is a notice, given just before the step of that place.
+    """
+
+    def ask(steps, given=1000):
+        clock, place, questions = SimpleNamespace(now=0.0), 0, []
+        clock.monotonic = lambda: clock.now
+        info = SimpleNamespace(get_preemption_info=lambda: questions.append(place) or (place >= given or None))
+        monkeypatch.setattr(training, "time", clock)
+        monkeypatch.setattr(training, "ray", SimpleNamespace(train=info))
+        group, told = [training._Notice(Told(rank, 3, torch.device("cpu"))) for rank in range(3)], []
+        for place, (step, seconds) in enumerate(steps, 1):
+            answers = []
+            for notice, own in zip(group, (seconds, 7.0, -7.0), strict=True):
+                clock.now += own  # of the other workers' clocks nothing may depend
+                answers.append(notice(step))
+            assert len(set(answers)) == 1
+            told += [place] * answers[0]
+        assert questions == sorted(questions[::3] * 3)  # all three, or none
+        return questions[::3], told
+
+    return ask
+
+
+def stage(*seconds, first=1):
+    return list(enumerate(seconds, first))
+
+
+def test_long_steps_are_asked_about_each_time_and_short_ones_once_a_second(asked):
+    assert asked(stage(*[2.0] * 20))[0] == list(range(1, 21))
+    assert asked(stage(*[0.25] * 20))[0] == [1, 2, 6, 10, 14, 18]
+    assert asked(stage(*[0.001] * 50))[0] == [1, 2, 18, 34, 50]
+    assert asked(stage(*[0.25] * 8, first=501))[0] == [1, 2, 6]  # resumed
+
+
+def test_steps_that_get_longer_are_asked_about_more_often_and_a_new_stage_at_once(asked):
+    assert asked(stage(*[0.25] * 10, *[3.0] * 10))[0] == [1, 2, 6, 10, *range(14, 21)]
+    assert asked(stage(*[0.001] * 10) + stage(*[3.0] * 5))[0] == [1, 2, *range(11, 16)]
+
+
+@pytest.mark.parametrize(("seconds", "place"), [(0.25, 14), (2.0, 12), (0.001, 18)])
+def test_a_notice_is_known_after_a_second_or_a_step_and_from_then_on(asked, seconds, place):
+    assert asked(stage(*[seconds] * 20), given=12)[1] == list(range(place, 21))
+    assert asked(stage(*[seconds] * 20))[1] == []

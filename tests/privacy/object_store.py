@@ -17,12 +17,15 @@ class Store:
 
     Attributes:
       honours: whether If-None-Match is looked at.
-      faults: for the next writes, in turn: an HTTP status, or `lost`: the answer never comes, whatever was done.
+      faults: for the next writes, in turn: an HTTP status (200: none), or `lost`: the answer never comes, whatever was
+        done.
+      requests: how many were made, of any kind.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.honours, self.faults, self.puts = True, list[object](), 0
+        self.requests = 0
         self.lock = threading.Lock()
 
     def put(self, path: str, content: bytes, only_new: bool) -> int | None:
@@ -30,7 +33,7 @@ class Store:
         with self.lock:
             self.puts += 1
             fault = self.faults.pop(0) if self.faults else None
-            if isinstance(fault, int):
+            if isinstance(fault, int) and fault != 200:
                 return fault
             taken = only_new and self.honours and path in self.objects
             if not taken:
@@ -52,6 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_PUT(self) -> None:
+        self.store.requests += 1
         content = self.rfile.read(int(self.headers["Content-Length"]))
         status = self.store.put(unquote(self.path), content, self.headers["If-None-Match"] == "*")
         if status is None:
@@ -61,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(status, b"" if status == 200 else b"<Error><Code>Fault</Code></Error>")
 
     def do_GET(self) -> None:
+        self.store.requests += 1
         parts = urlsplit(self.path)
         if "list-type" in (query := parse_qs(parts.query)):
             self.answer(200, self.store.listing(parts.path.strip("/"), query["prefix"][0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 
@@ -10,12 +11,14 @@ import pytest
 from ledger_cases import FORK, OWNER, PLAN, one_per_cent_a_step, race, spend, steps
 from moto.server import ThreadedMotoServer
 
+from e2h.data.remote import S3Path
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.chain import ConflictError
 from e2h.privacy.ledger import Ledger
 from e2h.privacy.logs import ObjectLog, open_log
 
 PLACE = "s3://bucket/some/run"
+WITNESS = S3Path("bucket/apart/run.head")
 
 
 def opened(witness=None, owner: str = OWNER) -> Ledger:
@@ -47,6 +50,62 @@ def test_a_second_writer_at_a_position_is_refused(store):
         second.append(b"two", 0)
     second.append(b"two", 1)
     assert first.read() == second.read() == [b"one", b"two"]
+
+
+def test_a_line_that_lost_the_race_is_not_kept(store):
+    first, second = ObjectLog(PLACE), ObjectLog(PLACE)
+    first.append(b"one", 0)
+    with pytest.raises(ConflictError):
+        second.append(b"two", 0)
+    store.faults = [503] * 5  # for good
+    with pytest.raises(InputError):
+        second.append(b"two", 1)
+    assert second.read() == [b"one"]
+    store.faults = ["lost"] * 5  # written, though no answer came
+    second.append(b"two", 1)
+    assert second.read() == first.read() == [b"one", b"two"]
+
+
+@pytest.mark.parametrize(("witness", "requests"), [(WITNESS, 4), (None, 2)])
+def test_a_payment_is_few_requests(store, witness, requests):
+    """The witness, the next record, which is not there; then that record is written, and the witness."""
+    ledger = opened(witness)
+    spend(ledger, 0, 16)
+    for start in range(16, 96, 16):
+        before = store.requests
+        assert spend(ledger, start, start + 16)
+        assert store.requests - before == requests
+    assert steps(opened(witness)) == 96
+
+
+def test_a_witness_in_a_bucket_knows_of_a_cut_tail(store):
+    ledger = opened(WITNESS)
+    spend(ledger, 0, 16)
+    assert json.loads(store.objects["/bucket/apart/run.head"]) == list(ledger.head())
+    del store.objects[key(2)]
+    with pytest.raises(BudgetError, match=r"expected the 3 records that s3://bucket/apart/run\.head saw"):
+        opened(WITNESS)
+
+
+@pytest.mark.parametrize("faults", [["lost"], [503, 500], ["lost"] * 4])
+def test_a_witness_in_a_bucket_is_written_again_where_an_answer_is_lost(store, faults):
+    ledger = opened(WITNESS)
+    spend(ledger, 0, 16)
+    store.faults = [200, *faults]  # the record first
+    assert spend(ledger, 16, 32)
+    assert store.faults == []
+    assert opened(WITNESS).head() == ledger.head()
+
+
+def test_a_witness_that_can_not_be_written_is_one_line_and_the_payment_stands(store):
+    ledger = opened(WITNESS)
+    spend(ledger, 0, 16)
+    store.faults = [200, *[503] * 5]
+    with pytest.raises(InputError, match=rf"^{WITNESS}: expected an S3 bucket that may be read and written"):
+        spend(ledger, 16, 32)
+    assert steps(opened(WITNESS)) == 32
+    assert not spend(ledger, 16, 32)
+    assert spend(ledger, 32, 48)
 
 
 def test_the_budget_is_checked_again_after_a_conflict(store, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from e2h.privacy import noise as noise_module
+from e2h.privacy import sampling
 from e2h.privacy.keys import derive_key
 from e2h.privacy.noise import gaussian_noise
 from e2h.privacy.sampling import poisson_mask
@@ -90,6 +91,13 @@ def test_a_record_keeps_its_coin_whatever_the_others_and_their_order(taken):
         assert (poisson_mask(KEY, step, IDS[order], Q) == taken[step][order]).all()
         for one in range(5):
             assert poisson_mask(KEY, step, IDS[one : one + 1], Q) == taken[step][one]
+
+
+@pytest.mark.parametrize("coins", [1, 7, 99, 100, 101])
+def test_coins_tossed_in_parts_are_those_of_the_whole(monkeypatch, coins):
+    whole = poisson_mask(KEY, 0, IDS[:100], Q)
+    monkeypatch.setattr(sampling, "COINS", coins)
+    assert (poisson_mask(KEY, 0, IDS[:100], Q) == whole).all()
 
 
 def test_another_key_or_step_gives_other_coins(taken):
