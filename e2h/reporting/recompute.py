@@ -26,7 +26,7 @@ print(accountant.get_epsilon(ledger["delta"]))
 """
 # Of a search, dp_accounting knows the Renyi bound (Papernot and Steinke 2022) alone.
 _SEARCH_RECIPE = """\
-# An upper bound that is looser than the epsilon stated: dp_accounting has no tighter one of a choice.
+# To compare with the epsilon stated, no proof of it: dp_accounting's Renyi figure, whose number of trials has no limit.
 import json, dp_accounting as dp
 ledger = json.load(open("ledger.json"))
 def composed(releases):
