@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from e2h.config import Config, expect
 from e2h.curriculum.run import Run, check_binding
 from e2h.curriculum.search import candidates
-from e2h.curriculum.search_plan import plan_search, price_list
+from e2h.curriculum.search_plan import SearchPlan, plan_search, price_list
 from e2h.data.filesystem import write_bytes
 from e2h.data.records import Source
 from e2h.data.remote import Place
@@ -56,24 +58,28 @@ def search_dry_run(config: Config, root: Place) -> None:
         dry_run(config, root)
         rows = price_list(config, num_records)
     else:
-        # Which trials are drawn is a secret that there need not be yet; those listed first are as many.
-        number, choices = int(config.search.expected_trials), candidates(config)
-        drawn = [choices[place % len(choices)] for place in range(number)]
-        plan = plan_search(config, num_records, source.class_names, drawn)
+        run, plan = Run(root, config), _plan_any(config, num_records, source.class_names)
+        plan = replace(plan, whole=run.shared_plan(plan.whole))
         rows = price_list(config, num_records)
         content = {**plan.to_json(config), "prices": rows}
-        if Run(root, config).ledger.budget() is None:
+        if run.ledger.budget() is None:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
         show_plan(plan.whole, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
-        facts = content["search"]
-        noise = facts["noise_multiplier_per_trial"]
-        shown = f"{noise:.4f}" if isinstance(noise, float) else f"{noise[0]:.4f} to {noise[-1]:.4f}"
-        say(
-            "search",
-            f"{facts['mode']}: one trial has noise {shown} and alone costs epsilon {facts['epsilon_per_trial']:.4f}",
-        )
+        _show_trial(content["search"])
     _show_prices(rows)
+
+
+def _plan_any(config: Config, num_records: int, class_names: Sequence[str]) -> SearchPlan:
+    """Which trials are drawn is a secret that there need not be yet; those listed first are as many."""
+    number, choices = int(config.search.expected_trials), candidates(config)
+    return plan_search(config, num_records, class_names, [choices[place % len(choices)] for place in range(number)])
+
+
+def _show_trial(facts: dict[str, Any]) -> None:
+    noise, alone = facts["noise_multiplier_per_trial"], facts["epsilon_per_trial"]
+    shown = f"{noise:.4f}" if isinstance(noise, float) else f"{noise[0]:.4f} to {noise[-1]:.4f}"
+    say("search", f"{facts['mode']}: one trial has noise {shown} and alone costs epsilon {alone:.4f}")
 
 
 def _show_prices(rows: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ a trial that finished keeps its score.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -114,15 +113,17 @@ def _open_proxy(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan]
     """Prepares the stand-in; a trial on it has the noise, batch and steps that a run on the private set would have."""
     if run.config.search.proxy.source == "central":
         release_central_images(run, prepared, calibrate(run, prepared))
-    stand_in, facts = prepare_stand_in(run, prepared), prepared.manifest
+    stand_in, facts = prepare_stand_in(run, prepared).manifest, prepared.manifest
+    known: dict[tuple[tuple[str, Any], ...], PrivacyPlan] = {}  # not a cached function: it travels to the trials
 
-    @functools.cache
-    def planned(key: tuple[tuple[str, Any], ...]) -> PrivacyPlan:
-        config = with_values(run.config, dict(key))
-        plan = make_plan(config, facts.num_listed_train, facts.class_names)
-        return as_on(plan, stand_in.manifest.num_listed_train, stand_in.manifest.class_names, config)
+    def planned(values: Values) -> PrivacyPlan:
+        if (key := accounted(values)) not in known:
+            config = with_values(run.config, dict(key))
+            plan = make_plan(config, facts.num_listed_train, facts.class_names)
+            known[key] = as_on(plan, stand_in.num_listed_train, stand_in.class_names, config)
+        return known[key]
 
-    return lambda values: planned(accounted(values))
+    return planned
 
 
 def _trial_maker(run: Run, plan_of_trial: Callable[[Values], PrivacyPlan]) -> Callable[[str, Values], Trial]:

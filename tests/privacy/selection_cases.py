@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution
 from scipy.stats import norm
 
-from e2h.privacy.events import PoissonSampledGaussian, Release
+from e2h.privacy.accounting import FINE_GRID, epsilon_pld
+from e2h.privacy.events import Choice, PoissonSampledGaussian, Release, Selection
 
 GRID = 1e-3
 
 
 def gaussian(noise_multiplier: float, sampling_prob: float = 1.0, count: int = 1, name: str = "finetune") -> Release:
     return Release(name, PoissonSampledGaussian(sampling_prob, noise_multiplier, count))
+
+
+def selected_epsilon(
+    selection: Selection, delta: float, outside: Sequence[Release] = (), grid: float = FINE_GRID
+) -> float:
+    """Epsilon of the selected output together with the releases made once, outside the selection."""
+    return epsilon_pld([*outside, Choice("search", selection)], delta, grid)
 
 
 def fixed(num_trials: int) -> np.ndarray:
