@@ -9,11 +9,14 @@ from e2h.config import Config, DataConfig, expect
 from e2h.curriculum.run import Run
 from e2h.data.filesystem import remove
 from e2h.data.prepare import finish_prepared
+from e2h.data.records import Source, make_source
 from e2h.data.sources import open_source
 from e2h.data.storage import Prepared, open_prepared
 from e2h.distributed import datasets
 from e2h.privacy.events import Release
 from e2h.privacy.plan import PrivacyPlan, plan_of
+
+REPEATABLE = ("digits", "idx", "parquet")  # sources whose shards have names of our own
 
 
 def stand_in_data(run: Run) -> DataConfig:
@@ -36,7 +39,7 @@ def prepare_stand_in(run: Run, private: Prepared) -> Prepared:
     """
     folder, data = run.root / "stand-in" / "prepared", stand_in_data(run)
     if not (folder / "meta.json").exists():
-        source = open_source(data)
+        source = repeated(open_source(data), data, private.manifest.num_listed_train)
         remove(folder)
         stats = datasets.prepare_shards(source, data, str(folder))
         finish_prepared(str(folder), source, data, stats)
@@ -44,6 +47,24 @@ def prepare_stand_in(run: Run, private: Prepared) -> Prepared:
     here, there = ({file.digest for file in one.manifest.files["train"]} for one in (found, private))
     advice = "these are the private images themselves; trials on them are charged by selection or compose"
     expect(not here & there, "search.proxy.path", run.config.search.proxy.path, "public or synthetic images", advice)
+    return found
+
+
+def repeated(source: Source, data: DataConfig, num_records: int) -> Source:
+    """The source, its training images as often as it takes to be as many as the private ones.
+
+    So that a few images, the central ones for example, can fill a private run's batches. Image folders and CIFAR's
+    batches stay as they are: their records are known by their files.
+    """
+    if not 0 < source.num_train < num_records or data.source not in REPEATABLE:
+        return source
+    found, copies = source, num_records // max(1, source.num_train)
+    while found.num_train < num_records:
+        copies += 1 + copies // 20  # a copy's records may fall on the test side, by their names
+        shards = [shard for shard in source.shards if shard.split == "test"]
+        for copy in range(copies):
+            shards += [replace(one, name=f"{one.name}/{copy}") for one in source.shards if one.split != "test"]
+        found = make_source(shards, source.class_names, data)
     return found
 
 

@@ -70,7 +70,7 @@ class PrivacyPlan:
 
     def epsilon_schedule(self, points: int = 8) -> list[tuple[int, float]]:
         """(steps charged, epsilon) at evenly spaced steps of the last release, for the status line."""
-        if self.releases[-1].name != "finetune":
+        if self.tuning is not None and self.tuning["mode"] != "proxy":
             return []  # a search is charged whole, before its first step
         total = self.releases[-1].event.count
         steps = sorted({max(1, round(total * i / points)) for i in range(1, points)})
