@@ -24,7 +24,7 @@ def submit(nodes: Cluster, log: Path, *call: str) -> subprocess.Popen[bytes]:
 def test_a_submitted_job_on_spot_nodes_with_a_bucket_makes_the_undisturbed_release(bucket: str, tmp_path: Path) -> None:
     storage, log = f"{bucket}/runs", tmp_path / "submitted.txt"
     with cluster(node_types=KINDS, max_workers=3, **SECRET_VARIABLES) as nodes:
-        script, *settings = command(storage, "finetune.num_steps=300")
+        script, *settings = command(storage)
         job = submit(nodes, log, str(ROOT / script), *settings)
 
         def at_work() -> bool:
@@ -37,5 +37,5 @@ def test_a_submitted_job_on_spot_nodes_with_a_bucket_makes_the_undisturbed_relea
     printed = log.read_text()
     assert "1 node of 0 CPU" in printed  # there was nothing else when it began
     assert "Traceback" not in printed
-    finish(start(tmp_path, None, *ALONE, "finetune.num_steps=300"), tmp_path)
+    finish(start(tmp_path, None, *ALONE), tmp_path)
     assert outcome(storage) == outcome(tmp_path)

@@ -24,12 +24,13 @@ from e2h.distributed.session import session
 from e2h.errors import InputError
 try:
     with session(ScalingConfig(num_workers=int(sys.argv[1])), Path(sys.argv[2]) / "ray.log"):
-        from e2h.distributed.capacity import await_workers
+        from e2h.distributed import capacity
+        capacity.SILENT_S = float(os.environ.get("SILENT", capacity.SILENT_S))
         from e2h.distributed.nodes import check_shared
         if os.environ.get("TAKEN"):
             from ray.util import placement_group
             assert placement_group([{"CPU": 1}]).wait(60)
-        await_workers(ScalingConfig(num_workers=int(sys.argv[1])))
+        capacity.await_workers(ScalingConfig(num_workers=int(sys.argv[1])))
         check_shared(Path(sys.argv[2]))
         print("ready")
 except InputError as error:
@@ -62,7 +63,7 @@ def test_node_types_that_can_never_suffice_are_named(autoscaled: Cluster, tmp_pa
 
 
 def test_nodes_that_may_come_are_waited_for(autoscaled: Cluster, tmp_path: Path) -> None:
-    printed = drive(autoscaled, tmp_path, 2)
+    printed = drive(autoscaled, tmp_path, 2, SILENT="0")  # nodes that come within seconds are not spoken of
     assert "wait       room for 2 workers of 1 CPU; there are" in printed
     assert "on their way: " in printed
     assert printed.splitlines()[-1] == "ready"
