@@ -243,8 +243,11 @@ def _told(run: Run, trial: Trial) -> dict[str, Any]:
 def _go_on(run: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:
     """The run of the best settings: those alone are taken from the trials."""
     result = {"values": trial.values, "score": score.to_json(), **told}
+    winner = replace(run, config=with_values(run.config, trial.values))
+    if run.config.search.proxy.source == "central":
+        winner.mark_done("central")  # released, and paid for, before the search; no searched setting changes them
     write_bytes(run.root / RESULT, json.dumps(result, indent=2).encode())
-    return replace(run, config=with_values(run.config, trial.values))
+    return winner
 
 
 def _show(run: Run, told: dict[str, Any]) -> None:
