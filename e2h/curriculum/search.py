@@ -79,16 +79,16 @@ def check_search(config: Config) -> None:
     Raises:
       InputError: naming the setting.
     """
-    search, names = config.search, list(space(config))
+    search = config.search
     modes = "proxy, selection or compose: how the choice is paid for; there is no default on sensitive data"
     expect(search.privacy is not None, "search.privacy", search.privacy, modes, "see docs/search.md")
     candidates(config)
     if search.privacy == "selection":
         trial_law(config)
     if score_kind(search) == "central":
-        easy = config.central.enabled and all(not name.startswith("central.") for name in names)
         reason = "distances to different central images can't be compared"
-        expect(easy, "search.score", "central", "central images, and no setting of them in search.space", reason)
+        shared = shares_central(config)
+        expect(shared, "search.score", "central", "central images, and no setting of them in search.space", reason)
     if search.privacy == "compose" and search.sampler == "optuna" and not same_accounting(config):
         reason = "what a trial costs must be fixed before any trial is seen"
         expect(False, "search.sampler", "optuna", "no setting in search.space that the accounting depends on", reason)
@@ -96,9 +96,8 @@ def check_search(config: Config) -> None:
     advice = "these are the private images themselves; trials on them are charged by selection or compose"
     expect(not same, "search.proxy.source", search.proxy.source, "public or synthetic images", advice)
     if search.proxy.source == "central":
-        free = config.central.enabled and all(not name.startswith("central.") for name in names)
         reason = "they are released, and paid for, before the search"
-        ok = free and same_accounting(config)
+        ok = shares_central(config) and same_accounting(config)
         expect(ok, "search.proxy.source", "central", "no setting in search.space that the accounting uses", reason)
 
 

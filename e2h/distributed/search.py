@@ -106,7 +106,7 @@ def _read_or_make_plan(run: Run, prepared: Prepared) -> SearchPlan:
         store(run.root).mkdir(exist_ok=True, mode=0o700)
         write_bytes(run.root / "plan.json", json.dumps(whole.to_json(run.config), indent=2).encode())
         write_bytes(path, json.dumps(whole.trials_json(), indent=2).encode())
-    return SearchPlan.read(json.loads((run.root / "plan.json").read_text()), json.loads(path.read_text()))
+    return SearchPlan.read(read_json(run.root / "plan.json"), read_json(path))
 
 
 def _open_proxy(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan]:
@@ -260,7 +260,7 @@ def _show(run: Run, told: dict[str, Any]) -> None:
 
 
 def _say_best(run: Run) -> None:
-    result = json.loads((run.root / RESULT).read_text())
+    result = read_json(run.root / RESULT)
     values = [f"{name}={json.dumps(value)}" for name, value in result["values"].items()]
     say("search", f"best of the trials, score {result['score']['value']:.4f}: {' '.join(values)}")
     kept = [one for one in sys.argv[1:] if not one.startswith(("search.", "run.name="))]

@@ -37,6 +37,7 @@ from e2h.distributed.training import train_on_workers
 from e2h.evaluation.downstream import fit
 from e2h.privacy.keys import derive_key
 from e2h.privacy.scores import Score, central_distance, noisy_accuracy, score_name, stand_in_accuracy
+from e2h.reporting.facts import read_json
 
 SCORED = 1024  # records told apart at a time
 RESULT = "search.json"
@@ -126,7 +127,7 @@ def adopted(search: Run) -> Run | None:
     """The run that a finished search has become; None before."""
     if not (search.root / RESULT).exists():
         return None
-    values = json.loads((search.root / RESULT).read_text())["values"]
+    values = read_json(search.root / RESULT)["values"]
     run = replace(search, config=with_values(search.config, values))
     describe(run.root, run.config)
     if search.config.search.privacy == "selection":
