@@ -164,16 +164,13 @@ def _describe(release: Charge) -> str:
     )
 
 
-def make_plan(
-    config: Config, num_records: int, class_names: Sequence[str], also: Sequence[Release] = ()
-) -> PrivacyPlan:
+def make_plan(config: Config, num_records: int, class_names: Sequence[str]) -> PrivacyPlan:
     """Solves every noise multiplier so that all stages together meet (epsilon, delta).
 
     Args:
       config: validated settings.
       num_records: public N of the training split.
       class_names: public class list.
-      also: further releases that the target must pay for.
 
     Raises:
       InputError: if the expected batch is larger than N.
@@ -184,7 +181,7 @@ def make_plan(
     target, delta = config.privacy.epsilon, config.privacy.delta
     easy = [central_release(config.central, target, delta)] if config.central.enabled else []
     step = PoissonSampledGaussian(batch / num_records, 1.0, config.finetune.num_steps)
-    releases = (*easy, *also, calibrate([*easy, *also], "finetune", step, target, delta))
+    releases = (*easy, calibrate(easy, "finetune", step, target, delta))
     return plan_of(releases, config, num_records, class_names)
 
 

@@ -126,9 +126,7 @@ def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]], titl
             f"{x:.1f},{HEIGHT - BOTTOM - h * (HEIGHT - TOP - BOTTOM):.1f}" for x, h in zip(xs, heights, strict=True)
         ]
         width = 3 if index == order[-1] else 1
-        parts.append(
-            f'<polyline class="curve" stroke-width="{width}" style="stroke-width:{width}" points="{" ".join(points)}"/>'
-        )
+        parts.append(f'<polyline class="curve" style="stroke-width:{width}" points="{" ".join(points)}"/>')
     best = ", ".join(f"{name} {value}" for name, value in trials[order[-1]][0].items())
     description = f"{len(trials)} trials; the best, score {trials[order[-1]][1]:.4g}, has {best}."
     return _svg(title, description, WIDTH, HEIGHT, parts)
