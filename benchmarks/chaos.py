@@ -29,7 +29,8 @@ from typing import Any
 
 from lib.private_run import NUM_WORKERS, RELEASED, drive, settings
 
-from e2h.config import Config, differences
+from e2h.binding import differences
+from e2h.config import Config
 from e2h.curriculum.run import Run
 from e2h.privacy.accounting import epsilon
 

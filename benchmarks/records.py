@@ -189,19 +189,19 @@ def exponent(large: tuple[float, float], small: tuple[float, float]) -> float:
 
 
 def central(run: Run, prepared: Prepared, options: argparse.Namespace, stages: Stages) -> dict[str, float]:
-    from e2h.distributed.datasets import central_sums
+    from e2h.distributed.datasets import query_sums
 
     def query(rounds: int) -> CentralQuery:
         event = PoissonSampledGaussian(options.sampling_prob, 5.0, rounds)
         return CentralQuery(run.config.central, event, SIDE, CHANNELS, options.classes, options.records)
 
     def seconds(part: Prepared, rounds: int) -> float:
-        return timed(lambda: central_sums(run, part, query(rounds), DOMAIN), processor_seconds)
+        return timed(lambda: query_sums(run, part, query(rounds), "central", DOMAIN), processor_seconds)
 
     whole, half = query(options.rounds), part_of(prepared, 0.5)
     seconds(half, 1)  # the workers start and import
     with stages.stage("central pass"):
-        sums = central_sums(run, prepared, whole, DOMAIN)
+        sums = query_sums(run, prepared, whole, "central", DOMAIN)
     taken = stages.processor["central pass"]
     with stages.stage("noise and images"):
         whole.decode(whole.release(sums, derive_key(run.secret(), "central/noise", DOMAIN)))

@@ -7,14 +7,14 @@ This module imports neither torch nor ray nor hydra.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from e2h.errors import InputError
 
 SOURCES = ("digits", "idx", "cifar", "image_folder", "parquet")
+STAGES = ("central", "frequency")  # easy stages that a curriculum may consist of
+WARMUPS = ("warmup", "warmup2")  # training on what the first and the second of them released
 
 
 @dataclass
@@ -61,9 +61,8 @@ class PrivacyConfig:
 
 @dataclass
 class CentralConfig:
-    """The easy stage: noisy central images (event 1)."""
+    """An easy stage: noisy central images (DP-FETA)."""
 
-    enabled: bool = True
     query: str = "mean"  # mean | mode
     class_conditional: bool = True
     num_rounds: int = 5
@@ -81,7 +80,7 @@ class CentralConfig:
 
 @dataclass
 class WarmupConfig:
-    """Ordinary training on the central images: post-processing, free."""
+    """Ordinary training on what an easy stage released: post-processing, free."""
 
     num_steps: int = 400
     batch_size: int = 64
@@ -91,15 +90,33 @@ class WarmupConfig:
 
 
 @dataclass
+class FrequencyConfig:
+    """An easy stage: noisy mean embeddings of each class, and images of a generator fitted to them (FETA-Pro)."""
+
+    num_features: int = 2000  # half of them cosines, half sines
+    bandwidth: float = 0.25  # of the Gaussian kernel: a root mean square difference of grey values in [0, 1]
+    noise_multiplier: float | None = None  # none: solved from budget_share
+    budget_share: float = 0.3  # without noise_multiplier: the stage alone is (budget_share * epsilon, delta)-DP
+    generator_steps: int = 400  # fitting the generator: free
+    num_images: int = 2000  # of the generator, which the diffusion model then trains on
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+
+
+@dataclass
 class FinetuneConfig:
-    """The hard stage: DP-SGD on the full set (event 2)."""
+    """The hard stage: DP-SGD on the full set."""
 
     num_steps: int = 60
     expected_batch_size: int = 256
     noise_multiplicity: int = 4  # K noise draws an image, averaged before the clip
     max_grad_norm: float = 1.0
     learning_rate: float = 1e-3
+    schedule: str = "constant"  # constant | cosine | linear: how the learning rate falls to 0 by the last step
+    correct_noise_bias: bool = False  # take the noise's known variance out of Adam's second moment
+    max_shift: int = 0  # pixels; each of an image's K draws is moved by its own (augmentation multiplicity)
+    flip: bool = False  # each of the K draws is mirrored or not
     ema_decay: float = 0.95
+    ema_snapshots: int = 0  # moments at which averages are kept for `sampling.ema_widths`; 0: none
     label_dropout: float = 0.1
     clipping: str = "flat"  # flat | normalized | global; contributions are at most max_grad_norm with each
     norm_threshold: float = 1.0  # Z of clipping=global: scale by max_grad_norm / Z, drop gradients above Z
@@ -121,6 +138,8 @@ class SamplingConfig:
     churn: float = 0.0
     churn_min: float = 0.05
     churn_max: float = 50.0
+    ema_widths: list[float] = field(default_factory=list)  # relative widths of averages made afterwards; several: the
+    # one whose images lie nearest to the central images is taken; none: the average of finetune.ema_decay
     class_fractions: list[float] | None = None  # none: uniform; else public shares in class order
     images_per_shard: int = 500
     dtype: str = "float32"  # float32 | bfloat16 (autocast of the network; the sampler's own sums stay float64)
@@ -134,6 +153,9 @@ class EvaluationConfig:
     enabled: bool = True
     classifiers: list[str] = field(default_factory=lambda: ["logistic_regression", "mlp", "cnn"])
     cnn_epochs: int = 20
+    num_seeds: int = 1  # each classifier is trained with so many seeds: mean and spread
+    inception_weights: str | None = None  # file of the standard FID weights; none: no FID, KID, precision and recall
+    memorisation_images: int = 500  # synthetic images whose nearest real neighbours are looked up; 0: none
     max_feature_records: int = 10000  # real training records behind the Frechet statistics
 
 
@@ -148,6 +170,7 @@ class ScalingConfig:
     cpus_per_worker: float = 1.0
     physical_batch_size: int | None = None  # work unit, in images; none: what fits, up to 1/4 of a worker's share
     max_failures: int = 3  # restarts of the worker group
+    hours: float | None = None  # that DP-SGD may take: only jobs/plan.py asks
 
 
 @dataclass
@@ -203,8 +226,10 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    curriculum: list[str] = field(default_factory=lambda: ["central"])  # easy stages in order: any of STAGES, or none
     central: CentralConfig = field(default_factory=CentralConfig)
-    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)  # on central images
+    frequency: FrequencyConfig = field(default_factory=FrequencyConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -226,10 +251,16 @@ def run_name(config: Config) -> str:
     """`run.name`, or the deterministic default, so that the same command resumes: `digits-eps10-seed0`."""
     if config.run.name:
         return config.run.name
-    easy = "" if config.central.enabled else "-nocentral"
+    easy = "" if config.curriculum == ["central"] else "-" + ("-".join(config.curriculum) or "noeasy")
     chosen = f"-{config.search.privacy}" if config.search.privacy else ""
     stamp = "-NOT-PRIVATE" if config.privacy.test_mode else ""
     return f"{config.data.name}-eps{config.privacy.epsilon:g}{easy}{chosen}-seed{config.seed}{stamp}"
+
+
+def warmups(config: Config) -> dict[str, tuple[str, WarmupConfig]]:
+    """What comes before DP-SGD, in order: (easy stage, settings), by its name in checkpoints and metrics."""
+    settings = {"central": config.warmup, "frequency": config.frequency.warmup}
+    return {name: (stage, settings[stage]) for name, stage in zip(WARMUPS, config.curriculum, strict=False)}
 
 
 NOT_PRIVATE = "NOT PRIVATE: made with a published secret (privacy.test_mode=true); anyone can subtract the noise"
@@ -238,30 +269,3 @@ NOT_PRIVATE = "NOT PRIVATE: made with a published secret (privacy.test_mode=true
 def stamp(config: Config) -> dict[str, str]:
     """Metadata of every file that is made from private records: in test mode a warning, otherwise nothing."""
     return {"not_private": NOT_PRIVATE} if config.privacy.test_mode else {}
-
-
-# What may change between two calls of the same run: where it runs and what is only looked at.
-FREE_KEYS = ("scaling", "run", "dry_run")
-
-
-def binding(config: Config) -> dict[str, Any]:
-    """The part of the configuration that a run is bound to, as plain nested dictionaries."""
-    values = asdict(config)
-    return {key: value for key, value in values.items() if key not in FREE_KEYS}
-
-
-def digest(value: object) -> str:
-    """SHA-256 (hex) of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ, each with the old and the new value."""
-    found: list[tuple[str, Any, Any]] = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.")
-        elif a != b:
-            found.append((name, a, b))
-    return found

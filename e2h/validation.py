@@ -8,7 +8,18 @@ from __future__ import annotations
 import math
 import re
 
-from e2h.config import SOURCES, CentralConfig, Config, DataConfig, PrivacyConfig, SearchConfig, expect
+from e2h.config import (
+    SOURCES,
+    STAGES,
+    CentralConfig,
+    Config,
+    DataConfig,
+    FrequencyConfig,
+    PrivacyConfig,
+    SearchConfig,
+    WarmupConfig,
+    expect,
+)
 
 
 def _positive_int(config: object, prefix: str, *names: str) -> None:
@@ -83,9 +94,39 @@ def _validate_ledger(config: Config) -> None:
     expect(not config.privacy.test_mode, "privacy.test_mode", True, "false with ledger.scope=dataset")
 
 
+def _validate_curriculum(config: Config) -> None:
+    stages = config.curriculum
+    for stage in stages:
+        _choice("curriculum", stage, STAGES)
+    expect(len(set(stages)) == len(stages), "curriculum", stages, "each stage once")
+    if "central" in stages:
+        _validate_central(config.central, config.data.image_size)
+        _validate_warmup(config.warmup, "warmup")
+    if "frequency" in stages:
+        _validate_frequency(config.frequency)
+        _validate_warmup(config.frequency.warmup, "frequency.warmup")
+
+
+def _validate_frequency(frequency: FrequencyConfig) -> None:
+    _positive_int(frequency, "frequency", "num_features", "generator_steps", "num_images")
+    even = frequency.num_features % 2 == 0
+    expect(even, "frequency.num_features", frequency.num_features, "an even number: cosines and sines")
+    _positive(frequency, "frequency", "bandwidth")
+    if frequency.noise_multiplier is not None:
+        _positive(frequency, "frequency", "noise_multiplier")
+    share = frequency.budget_share
+    expect(0 < share < 1, "frequency.budget_share", share, "a share in (0, 1)")
+
+
+def _validate_warmup(warmup: WarmupConfig, name: str) -> None:
+    expect(warmup.num_steps >= 0, f"{name}.num_steps", warmup.num_steps, "a whole number of at least 0")
+    expect(warmup.max_shift >= 0, f"{name}.max_shift", warmup.max_shift, "a number of pixels of at least 0")
+    _positive_int(warmup, name, "batch_size")
+    _positive(warmup, name, "learning_rate")
+    _share(warmup, name, "label_dropout")
+
+
 def _validate_central(central: CentralConfig, image_size: int) -> None:
-    if not central.enabled:
-        return
     _choice("central.query", central.query, ("mean", "mode"))
     _positive_int(central, "central", "num_rounds", "pool_factor")
     q = central.sampling_prob
@@ -103,7 +144,7 @@ def _validate_central(central: CentralConfig, image_size: int) -> None:
 
 
 def _validate_training(config: Config) -> None:
-    warmup, finetune, model = config.warmup, config.finetune, config.model
+    finetune, model = config.finetune, config.model
     _positive_int(model, "model", "base_width", "blocks_per_level", "embedding_width")
     expect(len(model.width_multipliers) >= 1, "model.width_multipliers", model.width_multipliers, "at least one level")
     shrink = 2 ** (len(model.width_multipliers) - 1)
@@ -114,14 +155,13 @@ def _validate_training(config: Config) -> None:
         f"a multiple of {shrink} (model.width_multipliers has {len(model.width_multipliers)} levels)",
         "choose another model=",
     )
-    expect(warmup.num_steps >= 0, "warmup.num_steps", warmup.num_steps, "a whole number of at least 0")
-    expect(warmup.max_shift >= 0, "warmup.max_shift", warmup.max_shift, "a number of pixels of at least 0")
-    _positive_int(warmup, "warmup", "batch_size")
-    _positive(warmup, "warmup", "learning_rate")
     _positive_int(finetune, "finetune", "num_steps", "expected_batch_size", "noise_multiplicity")
     _positive_int(finetune, "finetune", "ledger_block", "checkpoint_every")
     _positive(finetune, "finetune", "max_grad_norm", "norm_threshold", "learning_rate")
-    _share(warmup, "warmup", "label_dropout")
+    for name in ("max_shift", "ema_snapshots"):
+        value = getattr(finetune, name)
+        expect(value >= 0, f"finetune.{name}", value, "a whole number of at least 0")
+    _choice("finetune.schedule", finetune.schedule, ("constant", "cosine", "linear"))
     _share(finetune, "finetune", "label_dropout", "ema_decay")
     _choice("finetune.engine", finetune.engine, ("folded", "opacus", "loop"))
     _choice("finetune.clipping", finetune.clipping, ("flat", "normalized", "global"))
@@ -136,13 +176,23 @@ def _validate_outputs(config: Config) -> None:
     for name in ("guidance", "churn", "churn_min", "churn_max"):
         value = getattr(sampling, name)
         expect(math.isfinite(value) and value >= 0, f"sampling.{name}", value, "a finite number of at least 0")
+    chosen = len(sampling.ema_widths) < 2 or "central" in config.curriculum
+    expect(chosen, "sampling.ema_widths", sampling.ema_widths, "one width: without central images there is no choice")
+    for width in sampling.ema_widths:
+        expect(0 < width <= 0.25, "sampling.ema_widths", width, "relative widths in (0, 0.25]")
+        kept = config.finetune.ema_snapshots > 0
+        expect(
+            kept, "sampling.ema_widths", sampling.ema_widths, "averages to make them from", "set finetune.ema_snapshots"
+        )
     fractions = sampling.class_fractions
     if fractions is not None:
         total_ok = min(fractions, default=-1) >= 0 and abs(sum(fractions) - 1) < 1e-6
         expect(total_ok, "sampling.class_fractions", fractions, "shares of at least 0 that sum to 1")
     for name in config.evaluation.classifiers:
         _choice("evaluation.classifiers", name, ("logistic_regression", "mlp", "cnn"))
-    _positive_int(config.evaluation, "evaluation", "cnn_epochs", "max_feature_records")
+    _positive_int(config.evaluation, "evaluation", "cnn_epochs", "max_feature_records", "num_seeds")
+    copies = config.evaluation.memorisation_images
+    expect(copies >= 0, "evaluation.memorisation_images", copies, "a whole number of at least 0")
     _positive_int(scaling, "scaling", "num_workers")
     fewest = scaling.min_workers
     between = fewest is None or 1 <= fewest <= scaling.num_workers
@@ -150,7 +200,7 @@ def _validate_outputs(config: Config) -> None:
     if scaling.physical_batch_size is not None:
         _positive_int(scaling, "scaling", "physical_batch_size")
     expect(scaling.max_failures >= 0, "scaling.max_failures", scaling.max_failures, "a whole number of at least 0")
-    _positive(scaling, "scaling", "cpus_per_worker")
+    _positive(scaling, "scaling", "cpus_per_worker", *(["hours"] if scaling.hours is not None else []))
     expect(bool(config.run.storage), "run.storage", config.run.storage, "a folder")
     run = config.run.name
     if run is not None:
@@ -160,7 +210,7 @@ def _validate_outputs(config: Config) -> None:
 
 MODES = ("proxy", "selection", "compose")
 SCORES = {"proxy": ("test", "central"), "selection": ("accuracy", "central"), "compose": ("accuracy", "central")}
-SEARCHED = ("model", "central", "warmup", "finetune", "sampling")
+SEARCHED = ("model", "central", "warmup", "frequency", "finetune", "sampling")
 
 
 def _validate_search(search: SearchConfig) -> None:
@@ -225,7 +275,7 @@ def validate(config: Config) -> Config:
     _validate_data(config.data)
     _validate_privacy(config.privacy)
     _validate_ledger(config)
-    _validate_central(config.central, config.data.image_size)
+    _validate_curriculum(config)
     _validate_training(config)
     _validate_outputs(config)
     _validate_search(config.search)

@@ -1,4 +1,4 @@
-"""The easy stage: noisy central images (event 1)."""
+"""The easy stages: noisy central images, or what else `curriculum` asks for."""
 
 from entry import job
 
@@ -7,9 +7,10 @@ from e2h.curriculum.run import Run
 
 def central(run: Run) -> None:
     from e2h.distributed import stages
+    from e2h.distributed.easy import release_easy_stages
 
     prepared = stages.prepare(run)
-    stages.release_central_images(run, prepared, stages.calibrate(run, prepared))
+    release_easy_stages(run, prepared, stages.calibrate(run, prepared))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from e2h.config import Config, differences, expect
+from e2h.binding import differences
+from e2h.config import Config, expect
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.curriculum.search import check_search
 from e2h.distributed.failures import RunFailedError, budget_refusal, causes, noted, refusal

@@ -9,12 +9,13 @@ from e2h.curriculum.run import Run
 
 
 def pipeline(run: Run) -> None:
-    from e2h.distributed.stages import calibrate, evaluate, prepare, publish, release_central_images, sample, train
+    from e2h.distributed.easy import release_easy_stages
+    from e2h.distributed.stages import calibrate, evaluate, prepare, publish, sample, train
 
     prepared = prepare(run)  # sensitive: private images -> canonical shards
     plan = calibrate(run, prepared)  # noise multipliers that spend the target exactly; nothing is spent yet
-    release_central_images(run, prepared, plan)  # event 1: noisy central images, the easy stage
-    train(run, plan)  # warm-up on them (free), then event 2: DP-SGD on the full set, the hard stage
+    release_easy_stages(run, prepared, plan)  # noisy central images: the easy part of what there is to learn
+    train(run, plan)  # warm-up on them (free), then DP-SGD on the full set: the hard part
     sample(run)  # free: labels + one seed an image -> synthetic images
     evaluate(run)  # sensitive: train on synthetic, test on real
     publish(run)  # card, report, ledger, images, weights: only what is releasable

@@ -9,13 +9,14 @@ from e2h.curriculum.run import Run
 
 
 def search(run: Run) -> None:
+    from e2h.distributed.easy import release_easy_stages
     from e2h.distributed.search import search_trials
-    from e2h.distributed.stages import calibrate, evaluate, prepare, publish, release_central_images, sample, train
+    from e2h.distributed.stages import calibrate, evaluate, prepare, publish, sample, train
 
     prepared = prepare(run)  # sensitive: private images -> canonical shards
     run = search_trials(run, prepared)  # the choice, and all that its trials cost; from here on, the best of them
     plan = calibrate(run, prepared)  # what everything together costs
-    release_central_images(run, prepared, plan)  # done already, unless the trials read public images alone
+    release_easy_stages(run, prepared, plan)  # done already, unless the trials read public images alone
     train(run, plan)  # the same
     sample(run)  # free: labels + one seed an image -> synthetic images
     evaluate(run)  # sensitive: train on synthetic, test on real; after the choice, which never sees it

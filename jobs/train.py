@@ -1,4 +1,4 @@
-"""Warm-up on the central images, then DP-SGD (event 2)."""
+"""Warm-up on what the easy stages released, then DP-SGD."""
 
 from entry import job
 
@@ -7,10 +7,11 @@ from e2h.curriculum.run import Run
 
 def train(run: Run) -> None:
     from e2h.distributed import stages
+    from e2h.distributed.easy import release_easy_stages
 
     prepared = stages.prepare(run)
     plan = stages.calibrate(run, prepared)
-    stages.release_central_images(run, prepared, plan)
+    release_easy_stages(run, prepared, plan)
     stages.train(run, plan)
 
 

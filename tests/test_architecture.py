@@ -14,9 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A part may import the floors below it and itself, never a sibling of its own floor.
 FLOORS = {
-    "jobs": 5,
-    "distributed": 4,
-    "__main__": 4,  # what a receiver of a release runs
+    "jobs": 6,
+    "distributed": 5,
+    "api": 5,
+    "__main__": 4,
+    "results": 4,  # what a receiver of a release runs
     "curriculum": 3,
     "evaluation": 3,
     "reporting": 3,
@@ -24,6 +26,8 @@ FLOORS = {
     "diffusion": 2,
     "data": 2,
     "validation": 2,
+    "binding": 2,
+    "settings": 2,
     "config": 1,
     "s3": 1,
     "errors": 0,
@@ -34,6 +38,7 @@ FLOORS = {
 RESERVED = {"ray": {"distributed"}, "hydra": {"jobs"}, "omegaconf": {"jobs"}}
 TORCH = {"torch", "torchvision", "opacus", "safetensors"}
 PRIVACY_WITH_TORCH = {"dpsgd.py", "folded.py", "optimizer.py", "clipped_sum.py", "layers.py"}
+FRONT_DOOR = ("__init__", "api")  # `from e2h import run`: asked for by name, loaded then
 MAX_LINES = 300
 
 
@@ -72,7 +77,7 @@ def violations(path: Path, source: str) -> list[str]:
         library = name.split(".")[0]
         if library == "e2h":
             target = own_part(name)
-            allowed = target == part or FLOORS[target] < FLOORS[part]
+            allowed = target == part or FLOORS[target] < FLOORS[part] or (part, target) == FRONT_DOOR
         elif library in RESERVED:
             allowed = part in RESERVED[library]
         elif library in TORCH and part in ("data", "config", "errors", "__init__"):

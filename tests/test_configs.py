@@ -12,7 +12,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from e2h.config import Config, binding, differences, digest, run_name
+from e2h.binding import binding, differences, digest
+from e2h.config import Config, run_name
 from e2h.errors import InputError
 from e2h.privacy.plan import make_plan
 from e2h.validation import validate
@@ -127,14 +128,14 @@ def test_an_unknown_key_is_named():
 
 
 def test_overrides_are_the_words_of_the_design():
-    words = """data.path=/x privacy.epsilon=1 privacy.delta=1e-5 central.enabled=false central.num_rounds=3
+    words = """data.path=/x privacy.epsilon=1 privacy.delta=1e-5 curriculum=[] central.num_rounds=3
     central.sampling_prob=0.1 central.noise_multiplier=5 warmup.num_steps=7 finetune.num_steps=9
     finetune.expected_batch_size=10 finetune.noise_multiplicity=2 finetune.max_grad_norm=0.5 sampling.num_images=11
     scaling.num_workers=3 run.storage=/s run.name=mine dry_run=true"""
     config = validate(composed("data=mnist", "scaling=gpu8", *words.split()))
     assert (config.privacy.epsilon, config.privacy.delta, config.central.noise_multiplier) == (1.0, 1e-5, 5.0)
     assert (config.finetune.expected_batch_size, config.sampling.num_images, config.scaling.num_workers) == (10, 11, 3)
-    assert (run_name(config), config.dry_run, config.central.enabled) == ("mine", True, False)
+    assert (run_name(config), config.dry_run, config.curriculum) == ("mine", True, [])
 
 
 NAN, INF = float("nan"), float("inf")
@@ -241,7 +242,7 @@ def test_a_budget_of_all_runs_holds_at_least_one():
 
 def test_a_central_stage_that_is_off_needs_no_sense():
     config = changed("central.sampling_prob", 7.0)
-    config.central.enabled = False
+    config.curriculum = []
     validate(config)
 
 
@@ -259,7 +260,7 @@ def test_a_batch_larger_than_the_set_is_refused():
 def test_the_run_name_follows_from_what_people_compare():
     assert run_name(Config()) == "digits-eps10-seed0"
     assert run_name(changed("privacy.epsilon", 0.5)) == "digits-eps0.5-seed0"
-    assert run_name(changed("central.enabled", False)) == "digits-eps10-nocentral-seed0"
+    assert run_name(changed("curriculum", [])) == "digits-eps10-noeasy-seed0"
     assert run_name(changed("seed", 3)) == "digits-eps10-seed3"
     assert run_name(changed("run.name", "mine")) == "mine"
 

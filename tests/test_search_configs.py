@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from e2h.config import Config, binding, differences, run_name
+from e2h.binding import binding, differences
+from e2h.config import Config, run_name
 from e2h.errors import InputError
 from e2h.validation import validate
 

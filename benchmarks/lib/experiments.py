@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from e2h.config import Config, SamplingConfig
 from e2h.diffusion.networks import UNet
 from e2h.diffusion.samplers import noise_grid
+from e2h.validation import validate
 
 from .constants import forward_flops
 from .cost_model import Work
@@ -22,11 +24,21 @@ RECORDS = {"mnist": 60_000, "fashion_mnist": 60_000, "celeba": 162_770, "camelyo
 PUBLISHED_GPU_HOURS = {"mnist": (68.0, 80 / 60 * 4)}
 
 
+def configured(experiment: str, overrides: Sequence[str]) -> Config:
+    """The checked settings of an experiment file (`demo`: the defaults) with overrides as on the command line."""
+    ConfigStore.instance().store("schema", Config)
+    chosen = [] if experiment == "demo" else [f"experiment={experiment}"]
+    with initialize_config_module("e2h.conf", version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", [*chosen, *overrides]))
+    assert isinstance(config, Config)
+    return validate(config)
+
+
 def paper_settings() -> list[Work]:
-    """One for each experiment file."""
+    """One for each experiment file that names its data."""
     ConfigStore.instance().store("schema", Config)
     with initialize_config_module("e2h.conf", version_base="1.3"):
-        return [work_of(path.stem) for path in sorted(EXPERIMENTS.glob("*.yaml"))]
+        return [work_of(path.stem) for path in sorted(EXPERIMENTS.glob("*.yaml")) if path.stem != "gpu"]
 
 
 def work_of(name: str) -> Work:
@@ -50,7 +62,7 @@ def work_of(name: str) -> Work:
         checkpoint_every=tuned.checkpoint_every,
         warmup_steps=config.warmup.num_steps,
         warmup_batch=config.warmup.batch_size,
-        central_rounds=central.num_rounds if central.enabled else 0,
+        central_rounds=central.num_rounds if "central" in config.curriculum else 0,
         central_prob=central.sampling_prob,
         central_dimension=pooled + 1 if central.query == "mean" else pooled * central.num_bins,
         synthetic_images=config.sampling.num_images,

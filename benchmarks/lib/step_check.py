@@ -26,7 +26,8 @@ from scaling import NUM_DRAWS, SIZES, network_of
 
 from e2h.config import FinetuneConfig
 from e2h.curriculum.checkpoint import Checkpoints
-from e2h.curriculum.finetune import PrivateRun, finetune
+from e2h.curriculum.finetune import finetune
+from e2h.curriculum.learner import PrivateRun
 from e2h.curriculum.workers import Workers
 from e2h.data.storage import ImageSet
 from e2h.privacy.events import PoissonSampledGaussian, Release

@@ -42,7 +42,7 @@ def audit(subject: Subject, secret: bytes, progress: Callable[[str], None]) -> M
     Raises:
       InputError: if the configured network can't be built or audited.
     """
-    size, easy_stage, found = subject.config.data.image_size, subject.config.central.enabled, {}
+    size, easy_stage, found = subject.config.data.image_size, "central" in subject.config.curriculum, {}
     expect(size >= 2, "data.image_size", size, "at least 2: canaries are marked by three pixels")
     confidence = 1 - (1 - CONFIDENCE) / (2 if easy_stage else 1)  # of both together
     progress(f"DP-SGD on {NUM_WORKERS} workers")

@@ -17,7 +17,8 @@ import torch
 
 from e2h.config import FinetuneConfig
 from e2h.curriculum.canaries import NUM_OTHERS, CanaryRecords, Subject, canary_loss, canary_network, mark
-from e2h.curriculum.finetune import PrivateRun, draw, private_engine, private_optimizer, sum_units
+from e2h.curriculum.finetune import draw, private_engine, sum_units
+from e2h.curriculum.learner import PrivateRun, private_optimizer
 from e2h.curriculum.workers import Workers
 from e2h.data.storage import ImageSet
 from e2h.diffusion.networks import UNet

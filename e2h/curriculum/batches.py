@@ -41,9 +41,19 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def make_batch(
-    images: np.ndarray, labels: np.ndarray, seeds: list[int], num_draws: int, label_dropout: float, no_label: int
+    images: np.ndarray,
+    labels: np.ndarray,
+    seeds: list[int],
+    num_draws: int,
+    label_dropout: float,
+    no_label: int,
+    max_shift: int = 0,
+    flip: bool = False,
 ) -> dict[str, Tensor]:
     """A micro-batch with everything that its loss needs.
+
+    With `max_shift` or `flip` each draw sees an augmentation of its own (augmentation multiplicity, De et al. 2022):
+    inside a record's gradient, so that it is clipped, and paid for, once.
 
     Args:
       images: uint8 [B, H, W, C].
@@ -52,21 +62,39 @@ def make_batch(
       num_draws: noise multiplicity K.
       label_dropout: probability that a record loses its label, shared by its K draws.
       no_label: index of "no label".
+      max_shift: pixels that an image is moved by at most, its border repeated.
+      flip: mirrors left and right with probability 1/2.
 
     Returns:
-      images float32 [B, C, H, W] in [-1, 1], labels int64 [B], sigma [B, K], noise [B, K, C, H, W].
+      images float32 in [-1, 1], [B, C, H, W] or, where draws are augmented, [B, K, C, H, W]; labels int64 [B]; sigma
+      [B, K]; noise [B, K, C, H, W].
     """
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-    sigma, noise, dropped = [], [], []
-    for seed in seeds:
+    sigma, noise, dropped, augmented = [], [], [], []
+    for pixel, seed in zip(pixels, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
         dropped.append(torch.rand((), generator=generator) < label_dropout)
         sigma.append(draw_noise_levels((num_draws,), generator))
         noise.append(torch.randn((num_draws, *pixels.shape[1:]), generator=generator))
+        if max_shift or flip:
+            augmented.append(augment(pixel, num_draws, max_shift, flip, generator))
     kept = torch.from_numpy(labels.astype(np.int64))
     missing = torch.stack(dropped) | (kept < 0)
     kept = torch.where(missing, torch.tensor(no_label), kept)
+    pixels = torch.stack(augmented) if augmented else pixels
     return {"images": pixels, "labels": kept, "sigma": torch.stack(sigma), "noise": torch.stack(noise)}
+
+
+def augment(image: Tensor, num_draws: int, max_shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """[K, C, H, W]: copies of `image` [C, H, W], each shifted and mirrored by chance."""
+    offsets = torch.randint(-max_shift, max_shift + 1, (num_draws, 2), generator=generator).tolist()
+    mirrored = torch.rand(num_draws, generator=generator) < 0.5 if flip else torch.zeros(num_draws, dtype=torch.bool)
+    copies = []
+    for (down, right), mirror in zip(offsets, mirrored.tolist(), strict=True):
+        rows = (torch.arange(image.shape[1]) - down).clamp(0, image.shape[1] - 1)
+        columns = (torch.arange(image.shape[2]) - right).clamp(0, image.shape[2] - 1)
+        copies.append(image[:, rows][:, :, columns.flip(0) if mirror else columns])
+    return torch.stack(copies)
 
 
 def work_units(num_items: int, size: int, rank: int, num_workers: int) -> Iterator[slice]:

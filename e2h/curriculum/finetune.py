@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from e2h.config import FinetuneConfig, digest
+from e2h.binding import digest
+from e2h.config import FinetuneConfig
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.checkpoint import Checkpoints
+from e2h.curriculum.learner import STAGE, Learner, PrivateRun
 from e2h.curriculum.warmup import Report
 from e2h.curriculum.workers import Workers
 from e2h.data.storage import ImageSet
@@ -25,35 +26,8 @@ from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 from e2h.errors import BudgetError
 from e2h.privacy.dpsgd import ClippedSum, Engine, LossFunction, make_engine
-from e2h.privacy.events import Release
-from e2h.privacy.keys import derive_key
-from e2h.privacy.ledger import Ledger
 from e2h.privacy.optimizer import SecureDPOptimizer
 from e2h.privacy.sampling import poisson_mask
-
-STAGE = "finetune"
-
-
-@dataclass(frozen=True)
-class PrivateRun:
-    """What binds the stage to its secret and its ledger.
-
-    Attributes:
-      release: the accounted event: q, sigma and T come from here and from nowhere else.
-      domain: digest of all that determines the output; keys are derived from it.
-      start: digest of the weights that the stage starts from; part of the domain.
-      noise_shares: in how many parts the noise of a step enters (`SecureDPOptimizer`).
-    """
-
-    release: Release
-    ledger: Ledger
-    secret: bytes
-    domain: str
-    start: str = ""
-    noise_shares: int = 1
-
-    def key(self, purpose: str, *address: object) -> bytes:
-        return derive_key(self.secret, f"{STAGE}/{purpose}", self.domain, *address)
 
 
 def finetune(
@@ -82,10 +56,8 @@ def finetune(
       BudgetError: if a step can't be paid.
     """
     network.to(workers.device).train()
-    ema = EMA(network, settings.ema_decay)
-    adam = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-    optimizer = private_optimizer(adam, settings, private, workers)
-    first = _resume(network, ema, optimizer, private, checkpoints)
+    learner = Learner(network, settings, private, workers)
+    first = _resume(learner, private, checkpoints)
     # Contributions to two draws in one sum would be noised and paid for as one step of one draw.
     workers.agree(digest([private.domain, first]), "checkpoints or domains")
     engine = private_engine(network, micro_batch_loss, settings)
@@ -93,17 +65,18 @@ def finetune(
     for step, selected in draws(private, range(first, last), records):
         if step >= paid_until:
             paid_until = pay(private, step, settings.ledger_block, workers)
+        optimizer = learner.optimizer
         optimizer.prepare_noise(step)
         clipped = sum_units(
             engine, optimizer, network, records, selected, settings, seed, step, physical_batch_size, workers
         )
-        optimizer.step_private(step, len(selected))
-        ema.update(network)
+        learner.step(step, len(selected))
         due = checkpoints.due(step + 1, settings.checkpoint_every, last)
-        _finish_step(step + 1, due, network, ema, optimizer, settings, clipped, private, workers, checkpoints, report)
+        if workers.rank == 0:
+            _finish_step(step + 1, due, learner, clipped, checkpoints, report)
         progress(step + 1)
     checkpoints.wait()
-    return ema
+    return learner.ema
 
 
 def pay(private: PrivateRun, step: int, block: int, workers: Workers) -> int:
@@ -184,26 +157,7 @@ def private_engine(network: UNet, loss_fn: LossFunction, settings: FinetuneConfi
     )
 
 
-def private_optimizer(
-    optimizer: torch.optim.Optimizer, settings: FinetuneConfig, private: PrivateRun, workers: Workers
-) -> SecureDPOptimizer:
-    """`optimizer` behind the accounted mechanism."""
-    return SecureDPOptimizer(
-        optimizer,
-        noise_multiplier=private.release.event.noise_multiplier,
-        max_grad_norm=settings.max_grad_norm,
-        expected_batch_size=settings.expected_batch_size,  # q * N, by construction of the plan
-        noise_key=lambda step: private.key("noise", step),
-        sum_integers=workers.sum_integers,
-        rank=workers.rank,
-        num_workers=workers.size,
-        num_shares=private.noise_shares,
-    )
-
-
-def _resume(
-    network: UNet, ema: EMA, optimizer: SecureDPOptimizer, private: PrivateRun, checkpoints: Checkpoints
-) -> int:
+def _resume(learner: Learner, private: PrivateRun, checkpoints: Checkpoints) -> int:
     saved = checkpoints.latest(STAGE)
     if saved is None:
         return 0
@@ -214,9 +168,7 @@ def _resume(
             f"checkpoint of step {step}: {len(unpaid)} of its steps are not in the ledger under this key, data, code "
             "and machine; the ledger lost entries or the run moved, so it can't be continued"
         )
-    network.load_state_dict(state["network"])
-    ema.load_state_dict(state["ema"])
-    optimizer.original_optimizer.load_state_dict(state["optimizer"])
+    learner.load_state_dict(state)
     return step
 
 
@@ -239,6 +191,8 @@ def _micro_batch(
         settings.noise_multiplicity,
         settings.label_dropout,
         network.num_classes,
+        settings.max_shift,
+        settings.flip,
     )
     weights = torch.zeros(size)
     weights[: len(places)] = 1.0
@@ -246,30 +200,15 @@ def _micro_batch(
 
 
 def _finish_step(
-    done: int,
-    due: bool,
-    network: UNet,
-    ema: EMA,
-    optimizer: SecureDPOptimizer,
-    settings: FinetuneConfig,
-    clipped: list[ClippedSum],
-    private: PrivateRun,
-    workers: Workers,
-    checkpoints: Checkpoints,
-    report: Report,
+    done: int, due: bool, learner: Learner, clipped: list[ClippedSum], checkpoints: Checkpoints, report: Report
 ) -> None:
-    if workers.rank != 0:
-        return
     if clipped:
         # Of this worker's share; computed on private data without noise, so these are sensitive.
         norms = torch.cat([c.norms for c in clipped])
         report("finetune/loss", float(torch.cat([c.losses for c in clipped]).mean()), done)
-        report("finetune/clipped_fraction", float((norms > settings.max_grad_norm).float().mean()), done)
+        clipped_share = float((norms > learner.settings.max_grad_norm).float().mean())
+        report("finetune/clipped_fraction", clipped_share, done)
+    if learner.averages is not None and done in learner.moments:
+        learner.averages.write(checkpoints.folder)
     if due:
-        state = {
-            "network": network.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": optimizer.original_optimizer.state_dict(),
-            "start": private.start,
-        }
-        checkpoints.save(STAGE, done, state)
+        checkpoints.save(STAGE, done, learner.state_dict())

@@ -11,7 +11,8 @@ from importlib.metadata import version
 import yaml
 
 import e2h
-from e2h.config import Config, binding
+from e2h.binding import binding
+from e2h.config import Config
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from e2h.config import Config, binding, differences, digest, expect, run_name
+from e2h.binding import binding, differences, digest
+from e2h.config import Config, expect, run_name
 from e2h.curriculum.lease import only_driver
 from e2h.curriculum.notes import describe
 from e2h.data.filesystem import write_bytes
@@ -48,9 +49,13 @@ class Run:
         """Where this machine keeps the training images that workers map."""
         return replace(self, root=self.common or self.root).scratch / "prepared"
 
+    def easy(self, stage: str) -> Place:
+        """What an easy stage of the curriculum released, and the images it gave."""
+        return self.root / stage
+
     @property
     def central(self) -> Place:
-        return self.root / "central"
+        return self.easy("central")
 
     @property
     def checkpoints(self) -> Place:
@@ -144,7 +149,7 @@ class Run:
     @property
     def training_binding(self) -> str:
         """Digest of all settings that the weights depend on."""
-        kept = ("data", "model", "privacy", "central", "warmup", "finetune", "seed")
+        kept = ("data", "model", "privacy", "curriculum", "central", "warmup", "frequency", "finetune", "seed")
         return digest({key: value for key, value in binding(self.config).items() if key in kept})
 
     def domain(self, event: dict[str, Any], dataset_digest: str, fingerprint: str) -> str:
@@ -172,6 +177,7 @@ class Run:
         folders = {
             "prepare": self.prepared,
             "central": self.central,
+            "frequency": self.easy("frequency"),
             "train": self.checkpoints,
             "sample": self.synthetic,
         }

@@ -1,22 +1,22 @@
 """Trials of a search: which settings each one tries, where it lies, and which of them is the best.
 
 A trial is a run of its own, below `trials/` of the search's directory: its noise is its own, what it shares with others
-is the prepared set and, where no setting of the easy stage is searched, the central images. Under `selection` that
+is the prepared set and what those easy stages released of which no setting is searched. Under `selection` that
 folder is a private store: nothing leaves it but the best trial, and what is there tells how many there were.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from e2h.config import Config, LedgerConfig, RunConfig, SearchConfig, digest, expect
+from e2h import settings
+from e2h.binding import digest
+from e2h.config import Config, LedgerConfig, RunConfig, SearchConfig, expect
 from e2h.curriculum.run import Run
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
@@ -25,12 +25,14 @@ from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan
 from e2h.privacy.scores import Score
 from e2h.privacy.trial_law import POISSON, TrialLaw
+from e2h.settings import value
 from e2h.validation import validate
 
 Values = dict[str, Any]  # by dotted key
 # Settings that a release's mechanism depends on; all others leave the accounting as it is.
 ACCOUNTED = (
-    *(f"central.{name}" for name in ("enabled", "num_rounds", "sampling_prob", "noise_multiplier", "budget_share")),
+    *(f"central.{name}" for name in ("num_rounds", "sampling_prob", "noise_multiplier", "budget_share")),
+    *(f"frequency.{name}" for name in ("noise_multiplier", "budget_share")),
     *(f"finetune.{name}" for name in ("num_steps", "expected_batch_size")),
 )
 MAX_CANDIDATES = 10_000
@@ -48,14 +50,21 @@ class Trial:
 
 
 def space(config: Config) -> dict[str, list[Any]]:
-    """The searched settings with their values: `search.space`, or the curriculum's length and its share."""
+    """The searched settings with their values: `search.space`, or the length and the share of each easy stage.
+
+    Without an easy stage the learning rate of the hard one.
+    """
     if config.search.space is not None:
         return config.search.space
-    length, share = config.warmup.num_steps, config.central.budget_share
-    found: dict[str, list[Any]] = {"warmup.num_steps": sorted({max(1, length // 2), length, 2 * length})}
-    if config.central.noise_multiplier is None:
-        found["central.budget_share"] = sorted({share / 4, share / 2, share})
-    return found
+    found: dict[str, list[Any]] = {}
+    for stage, name in (("central", "warmup"), ("frequency", "frequency.warmup")):
+        if stage in config.curriculum:
+            length, settings = value(config, f"{name}.num_steps"), getattr(config, stage)
+            found[f"{name}.num_steps"] = sorted({max(1, length // 2), length, 2 * length})
+            if settings.noise_multiplier is None:
+                found[f"{stage}.budget_share"] = [settings.budget_share / part for part in (4, 2, 1)]
+    rate = config.finetune.learning_rate
+    return found or {"finetune.learning_rate": [rate / 2, rate, 2 * rate]}
 
 
 def candidates(config: Config) -> list[Values]:
@@ -87,7 +96,7 @@ def check_search(config: Config) -> None:
         trial_law(config)
     if score_kind(search) == "central":
         reason = "distances to different central images can't be compared"
-        shared = shares_central(config)
+        shared = "central" in shared_stages(config)
         expect(shared, "search.score", "central", "central images, and no setting of them in search.space", reason)
     if search.privacy == "compose" and search.sampler == "optuna" and not same_accounting(config):
         reason = "what a trial costs must be fixed before any trial is seen"
@@ -97,7 +106,7 @@ def check_search(config: Config) -> None:
     expect(not same, "search.proxy.source", search.proxy.source, "public or synthetic images", advice)
     if search.proxy.source == "central":
         reason = "they are released, and paid for, before the search"
-        ok = shares_central(config) and same_accounting(config)
+        ok = "central" in shared_stages(config) and same_accounting(config)
         expect(ok, "search.proxy.source", "central", "no setting in search.space that the accounting uses", reason)
 
 
@@ -108,9 +117,10 @@ def trial_law(config: Config) -> TrialLaw:
     return TrialLaw(shape, search.expected_trials, search.max_trials)
 
 
-def shares_central(config: Config) -> bool:
-    """Whether all trials can learn from the same central images: then these are released once, outside."""
-    return config.central.enabled and not any(name.startswith("central.") for name in space(config))
+def shared_stages(config: Config) -> list[str]:
+    """The easy stages whose release can serve all trials: it is made once, outside."""
+    searched = [name for name in space(config) if not name.startswith("frequency.warmup.")]
+    return [stage for stage in config.curriculum if not any(name.startswith(f"{stage}.") for name in searched)]
 
 
 def same_accounting(config: Config) -> bool:
@@ -118,42 +128,9 @@ def same_accounting(config: Config) -> bool:
     return not any(name in ACCOUNTED for name in space(config))
 
 
-def value(config: Config, name: str) -> Any:
-    """The value of a dotted key."""
-    return functools.reduce(getattr, name.split("."), config)
-
-
-def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """A copy with other values of dotted keys: `with_values(config, {"warmup.num_steps": 200})`.
-
-    Raises:
-      InputError: if a key isn't one, or its value is of another type.
-    """
-    copied = copy.deepcopy(config)
-    for name, value in values.items():
-        *sections, last = name.split(".")
-        holder: Any = copied
-        for section in sections:
-            holder = getattr(holder, section, None)
-        known = holder is not None and hasattr(holder, last) and not is_dataclass(getattr(holder, last))
-        expect(known, "search.space", name, "the dotted key of a setting, e.g. warmup.num_steps")
-        kind = get_type_hints(type(holder))[last]
-        expect(_fits(value, kind), f"search.space.{name}", value, f"values of type {_type_name(kind)}")
-        setattr(holder, last, float(value) if type(value) is int and not _fits(value, kind, strict=True) else value)
-    return copied
-
-
-def _fits(value: Any, kind: Any, strict: bool = False) -> bool:
-    """Whether a value is of the type that the schema asks for; unless `strict`, a whole number serves as a float."""
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(one, get_args(kind)[0], strict) for one in value)
-    if get_args(kind):
-        return any(_fits(value, one, strict) for one in get_args(kind))
-    return type(value) is kind or (not strict and kind is float and type(value) is int)
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind)
+def with_values(config: Config, values: Values) -> Config:
+    """A copy with the values that a trial tries; `InputError` if one isn't a setting's."""
+    return settings.with_values(config, values, "search.space")
 
 
 def accounted(values: Values) -> tuple[tuple[str, Any], ...]:

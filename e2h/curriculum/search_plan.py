@@ -19,7 +19,7 @@ from e2h.curriculum.search import (
     accounted,
     candidates,
     score_kind,
-    shares_central,
+    shared_stages,
     space,
     trial_law,
     value,
@@ -29,7 +29,7 @@ from e2h.errors import BudgetError, InputError
 from e2h.privacy.accounting import COARSE_GRID, FINE_GRID, Bound, calibrate, epsilon_pld, solve
 from e2h.privacy.events import Charge, Choice, PoissonSampledGaussian, Release, Selection
 from e2h.privacy.ledger import releases_from, releases_json
-from e2h.privacy.plan import PrivacyPlan, central_release, check_batch, plan_of, read_plan
+from e2h.privacy.plan import PrivacyPlan, check_batch, easy_release, plan_of, read_plan
 from e2h.privacy.scores import score_release
 
 # By default a score deviates by half a percent, and costs little beside the training of a trial.
@@ -48,7 +48,7 @@ class SearchPlan:
 
     Attributes:
       whole: what its ledger is opened with: everything that is released, by what all of it costs.
-      shared: releases made once, outside the trials: central images that all learn from.
+      shared: releases made once, outside the trials, that all learn from.
       trials: of each combination of accounted values, what one trial releases besides.
       epsilon_per_trial: what one trial costs at most, at the search's delta.
     """
@@ -122,10 +122,11 @@ def solve_search(
 ) -> tuple[tuple[Charge, ...], Trials, tuple[Charge, ...]]:
     """Of `plan_search`: what is released once, by each kind of trial, and all together; at a coarse grid quickly."""
     target, delta, mode = config.privacy.epsilon, config.privacy.delta, config.search.privacy
-    shared = (central_release(config.central, target, delta, grid),) if shares_central(config) else ()
+    outside = shared_stages(config)
+    shared = tuple(easy_release(config, stage, grid=grid) for stage in outside)
     first = {accounted(values): with_values(config, values) for values in candidates(config)}
-    given = {key: _given(one, num_records, target, bool(shared)) for key, one in first.items()}
-    single = {key: _solved(one, num_records, GUESS * target, bool(shared)) for key, one in first.items()}
+    given = {key: _given(one, num_records, outside) for key, one in first.items()}
+    single = {key: _solved(one, num_records, GUESS * target, outside) for key, one in first.items()}
 
     def at(factor: float) -> Trials:
         return {key: (*given[key], *_scaled(releases, factor)) for key, releases in single.items()}
@@ -143,24 +144,28 @@ def solve_search(
     return shared, at(factor), released(factor)
 
 
-def _given(config: Config, num_records: int, target: float, shared: bool) -> tuple[Release, ...]:
-    """What one trial releases with noise that the configuration gives: its score, perhaps its central images."""
-    search, central = config.search, config.central
+def _given(config: Config, num_records: int, outside: Sequence[str]) -> tuple[Release, ...]:
+    """What one trial releases with noise that the configuration gives: its score, perhaps an easy stage."""
+    search = config.search
     asked = RUNGS[search.scheduler] if score_kind(search) == "accuracy" else ()
     noise = search.score_noise_multiplier or max(LEAST_SCORE_NOISE, SCORE_DEVIATION * num_records)
     scores = [score_release(noise, share) for share in asked]
-    fixed = central.enabled and not shared and central.noise_multiplier is not None
-    return (*([central_release(central, target, config.privacy.delta)] if fixed else []), *scores)
+    fixed = [stage for stage in _inside(config, outside) if getattr(config, stage).noise_multiplier is not None]
+    return (*(easy_release(config, stage) for stage in fixed), *scores)
 
 
-def _solved(config: Config, num_records: int, target: float, shared: bool) -> tuple[Release, ...]:
+def _inside(config: Config, outside: Sequence[str]) -> list[str]:
+    """Easy stages that each trial makes for itself."""
+    return [stage for stage in config.curriculum if stage not in outside]
+
+
+def _solved(config: Config, num_records: int, target: float, outside: Sequence[str]) -> tuple[Release, ...]:
     """What one trial releases besides, with the noise of a single run with this target: DP-SGD last, as in any plan."""
     check_batch(config, num_records)
-    central, delta = config.central, config.privacy.delta
-    inside = central.enabled and not shared and central.noise_multiplier is None
-    before = [central_release(central, target, delta, COARSE_GRID)] if inside else []
+    free = [stage for stage in _inside(config, outside) if getattr(config, stage).noise_multiplier is None]
+    before = [easy_release(config, stage, target, COARSE_GRID) for stage in free]
     step = PoissonSampledGaussian(config.finetune.expected_batch_size / num_records, 1.0, config.finetune.num_steps)
-    return (*before, _calibrated(tuple(before), step, target, delta))
+    return (*before, _calibrated(tuple(before), step, target, config.privacy.delta))
 
 
 @functools.cache
@@ -188,7 +193,7 @@ def _check_room(config: Config, with_least: Sequence[Charge]) -> None:
     cost = epsilon_pld(with_least, config.privacy.delta, COARSE_GRID)
     if cost > config.privacy.epsilon:
         raise BudgetError(
-            f"privacy.epsilon={config.privacy.epsilon:g}: central images and scores alone, with "
+            f"privacy.epsilon={config.privacy.epsilon:g}: easy stages and scores alone, with "
             f"search.expected_trials={config.search.expected_trials:g}, cost epsilon {cost:.4g} and leave nothing for "
             "the trials; give them more noise (search.score_noise_multiplier, central.budget_share), or expect fewer"
         )
@@ -200,10 +205,10 @@ def price_list(config: Config, num_records: int, numbers: Sequence[int] = (4, 8,
     For the configuration itself, whatever is searched. Where the target does not reach, or no law of the number of
     trials has that mean below `search.max_trials`, the noise is None.
     """
-    shared = [central_release(config.central, config.privacy.epsilon, config.privacy.delta, _price_grid(config))]
+    easy = [easy_release(config, stage, grid=_price_grid(config)) for stage in config.curriculum]
     step = PoissonSampledGaussian(config.finetune.expected_batch_size / num_records, 1.0, config.finetune.num_steps)
     target = config.privacy.epsilon, config.privacy.delta
-    single = calibrate(shared if config.central.enabled else [], "finetune", step, *target, _price_grid(config))
+    single = calibrate(easy, "finetune", step, *target, _price_grid(config))
     alone = single.event.noise_multiplier
     rows: list[dict[str, Any]] = [{"mode": "proxy", "expected_trials": 1, "noise_multiplier": alone, "factor": 1.0}]
     for mode, number in ((mode, number) for mode in ("selection", "compose") for number in numbers):

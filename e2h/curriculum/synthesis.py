@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 from safetensors.torch import load
 
 from e2h.config import Config, SamplingConfig, expect, stamp
+from e2h.curriculum.averages import average, snapshots
 from e2h.curriculum.batches import addressed_seeds
+from e2h.curriculum.pictures import by_class, write_grid
 from e2h.curriculum.run import Run
-from e2h.curriculum.train import new_network
-from e2h.data.exports import write_hf_parquet
+from e2h.curriculum.train import easy_images, new_network, save_weights
+from e2h.data.exports import read_hf_parquet, write_hf_parquet
+from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
 from e2h.data.storage import open_prepared
 from e2h.diffusion.networks import UNet
 from e2h.diffusion.samplers import sample, to_uint8
+from e2h.privacy.scores import central_distance
 
 STAGE = "sampling"
 # Rows of the network at a time: beyond, a GPU gets no faster by much; a CPU gets slower when a layer leaves its cache.
 MOST_ROWS = {"cpu": 256, "cuda": 512}
+TRIED = 20  # images of a class that an average is judged by
 CPU_ACTIVATIONS = 2**19  # of one layer at full resolution
 
 
@@ -38,6 +45,27 @@ def image_labels(sampling: SamplingConfig, num_classes: int) -> np.ndarray:
     labels = np.repeat(np.arange(num_classes), [len(places) for places in due])
     order = np.argsort(np.concatenate(due), kind="stable")
     return labels[order][: sampling.num_images].astype(np.int64)
+
+
+def choose_average(run: Run) -> None:
+    """Makes the average of `sampling.ema_widths` the run's weights: post-processing, free.
+
+    Of several widths the one whose images lie nearest to the central images, which are released.
+    """
+    widths, steps = run.config.sampling.ema_widths, snapshots(run.checkpoints)
+    path = run.checkpoints / "average.json"
+    if not widths or not steps or (path.exists() and json.loads(path.read_text())["step"] == steps[-1]):
+        return
+    network, found = new_network(run, open_prepared(run.prepared)), {}
+    for width in widths:
+        network.load_state_dict(average(run.checkpoints, steps, width))
+        save_weights(run.weights, network, stamp(run.config))
+        found[width] = Synthesizer(run).central_score() if len(widths) > 1 else 0.0
+    best = max(found, key=lambda width: found[width])
+    network.load_state_dict(average(run.checkpoints, steps, best))
+    save_weights(run.weights, network, stamp(run.config))
+    told = {"step": steps[-1], "width": best, "scores": [[width, score] for width, score in found.items()]}
+    write_bytes(path, json.dumps(told).encode())
 
 
 def num_shards(sampling: SamplingConfig) -> int:
@@ -80,6 +108,12 @@ class Synthesizer:
         self.batch_size = batch_size(run.config, torch.device(device))
         self.labels = image_labels(run.config.sampling, len(self.manifest.class_names))
 
+    def central_score(self) -> float:
+        """How near a few images come to the central images (`e2h.privacy.scores.central_distance`)."""
+        places = np.arange(min(len(self.labels), TRIED * len(self.manifest.class_names)))
+        made = self._images(places), self.labels[places]
+        return central_distance(made, easy_images(self.run, "central")).value
+
     def write_shard(self, index: int) -> int:
         """Makes `part-00000.parquet` of the run's synthetic images; returns the number of images made."""
         path = shard_path(self.run.synthetic, index)
@@ -117,6 +151,12 @@ class Synthesizer:
 def _is_out_of_memory(error: Exception) -> bool:
     # The last is what torch says on a CPU.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def write_synthetic_grid(run: Run, num_classes: int) -> None:
+    """`grid.png`: the first images of each class."""
+    images, labels = read_hf_parquet([shard_path(run.synthetic, 0)])
+    write_grid(run, run.synthetic / "grid.png", *by_class(images, labels, num_classes))
 
 
 def shard_path(folder: Place, index: int) -> Place:

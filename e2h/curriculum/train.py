@@ -1,7 +1,8 @@
-"""From central images to private weights: warm up, then DP-SGD, as one resumable function for each worker."""
+"""From the easy stages' images to private weights: warm up, then DP-SGD, as one resumable function for each worker."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from e2h.config import digest, stamp
+from e2h.binding import digest
+from e2h.config import stamp, warmups
 from e2h.curriculum.checkpoint import Checkpoints
-from e2h.curriculum.finetune import PrivateRun, finetune
+from e2h.curriculum.finetune import finetune
+from e2h.curriculum.learner import PrivateRun
 from e2h.curriculum.machine import machine
 from e2h.curriculum.run import Run
 from e2h.curriculum.units import largest_that_fits, unit_size
@@ -41,7 +44,7 @@ def train(
     """Trains the diffusion model of a run; call it on every worker. The same call resumes.
 
     Args:
-      run: with a prepared set and, where the easy stage is on, its central images.
+      run: with a prepared set and the images of its easy stages.
       release: the accounted DP-SGD event.
       report: called on rank 0 as report(metric, value, step).
       progress: called on every worker as progress(stage, finished steps).
@@ -56,17 +59,10 @@ def train(
     checkpoints = Checkpoints(run.checkpoints, run.training_binding, leaving)
     config = run.config
     saved = checkpoints.latest("finetune")
-    if config.central.enabled and saved is None:
-        warm_up(
-            network,
-            *central_images(run),
-            config.warmup,
-            config.seed,
-            workers,
-            checkpoints,
-            report,
-            lambda step: progress("warmup", step),
-        )
+    for name, (stage, settings) in warmups(config).items() if saved is None else ():
+        images, labels = easy_images(run, stage)
+        told = functools.partial(progress, name)
+        warm_up(network, images, labels, settings, config.seed, workers, checkpoints, report, told, name)
     start = saved[1]["start"] if saved else weights_digest(network)
     unit = config.scaling.physical_batch_size or fitting_unit(run, network, workers)
     try:
@@ -104,9 +100,9 @@ def new_network(run: Run, prepared: Prepared) -> UNet:
     )
 
 
-def central_images(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Released central images uint8 [M, H, W, C] and labels [M] (-1: no label)."""
-    return read_hf_parquet([run.central / "images.parquet"])
+def easy_images(run: Run, stage: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images of an easy stage uint8 [M, H, W, C] and labels [M] (-1: no label)."""
+    return read_hf_parquet([run.easy(stage) / "images.parquet"])
 
 
 def fitting_unit(run: Run, network: UNet, workers: Workers) -> int:

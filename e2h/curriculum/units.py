@@ -104,7 +104,9 @@ def largest_that_fits(network: UNet, settings: FinetuneConfig, image_size: int, 
     largest, size, fits = min(LARGEST[workers.device.type], max(1, share)), 1, 0
     while size <= largest:
         try:
-            used = memory_of(partial(_micro_batch, network, settings, size, image_size, channels), workers.device)
+            used = memory_of(
+                partial(private_micro_batch, network, settings, size, image_size, channels), workers.device
+            )
         except (torch.OutOfMemoryError, MemoryError):
             break
         except RuntimeError as error:
@@ -123,7 +125,7 @@ def largest_that_fits(network: UNet, settings: FinetuneConfig, image_size: int, 
     return fits
 
 
-def _micro_batch(network: UNet, settings: FinetuneConfig, size: int, image_size: int, channels: int) -> None:
+def private_micro_batch(network: UNet, settings: FinetuneConfig, size: int, image_size: int, channels: int) -> None:
     """One private micro-batch of black images."""
     # Not compiled: that would be a compilation for each size, and needs no more memory.
     engine = private_engine(network, micro_batch_loss, replace(settings, compile=False))

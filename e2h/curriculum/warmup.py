@@ -1,4 +1,4 @@
-"""Warm-up: ordinary training on the released central images. Post-processing, so it costs no privacy."""
+"""Warm-up: ordinary training on the images of an easy stage. Post-processing, so it costs no privacy."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2h.config import WarmupConfig, digest
+from e2h.binding import digest
+from e2h.config import WarmupConfig
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.workers import Workers, on_grid
 from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 
-STAGE = "warmup"
 # Units of a step: enough for several workers to share it.
 UNITS_PER_STEP = 4
 CHECKPOINT_EVERY = 500
@@ -34,20 +34,22 @@ def warm_up(
     checkpoints: Checkpoints,
     report: Report,
     progress: Callable[[int], None],
+    name: str = "warmup",
 ) -> None:
     """Trains `network` in place by Adam on the EDM loss (K = 1) with small random shifts.
 
     Args:
       network: starts from its present weights, or from the newest checkpoint of this stage.
-      images: central images, uint8 [M, H, W, C].
+      images: of the easy stage, uint8 [M, H, W, C].
       labels: int64 [M]; -1 is "no label".
       seed: public.
       report: called on rank 0 as report(metric, value, step).
       progress: called with the number of finished steps, on every worker, after each step.
+      name: in checkpoints and metrics; each easy stage of a curriculum has its own.
     """
     optimizer = torch.optim.Adam(network.parameters(), lr=warmup.learning_rate)
     first = 0
-    if saved := checkpoints.latest(STAGE):
+    if saved := checkpoints.latest(name):
         first, state = saved
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
@@ -55,25 +57,32 @@ def warm_up(
     parameters = list(network.parameters())
     network.to(workers.device).train()
     for step in range(first, warmup.num_steps):
-        loss, units = _step(network, images, labels, warmup, seed, step, workers)
+        loss, units = _step(network, images, labels, warmup, seed, step, workers, name)
         workers.sum_gradients(parameters, units)
         optimizer.step()
         done = step + 1
         if workers.rank == 0 and (done % REPORT_EVERY == 0 or done == warmup.num_steps):
-            report("warmup/loss", loss, done)
+            report(f"{name}/loss", loss, done)
         if checkpoints.due(done, CHECKPOINT_EVERY, warmup.num_steps) and workers.rank == 0:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoints.save(STAGE, done, state)
+            checkpoints.save(name, done, state)
         progress(done)
     checkpoints.wait()
 
 
 def _step(
-    network: UNet, images: np.ndarray, labels: np.ndarray, warmup: WarmupConfig, seed: int, step: int, workers: Workers
+    network: UNet,
+    images: np.ndarray,
+    labels: np.ndarray,
+    warmup: WarmupConfig,
+    seed: int,
+    step: int,
+    workers: Workers,
+    name: str,
 ) -> tuple[float, list[Tensor]]:
     """This worker's units of the step: their mean loss, and gradients that add up to the batch's over all workers."""
     places = np.arange(warmup.batch_size)
-    seeds = addressed_seeds(seed, STAGE, step, places)
+    seeds = addressed_seeds(seed, name, step, places)
     generator = np.random.default_rng((seed, step))
     chosen = generator.integers(0, len(images), warmup.batch_size)
     shifts = generator.integers(-warmup.max_shift, warmup.max_shift + 1, (warmup.batch_size, 2))

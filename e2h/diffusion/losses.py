@@ -28,7 +28,7 @@ def edm_loss(network: Callable[..., Tensor], images: Tensor, labels: Tensor, sig
 
     Args:
       network: called as network(x [K*B, C, H, W], noise_label [K*B], labels [K*B]).
-      images: [B, C, H, W] float in [-1, 1].
+      images: [B, C, H, W] float in [-1, 1]; or [K, B, C, H, W], where each draw has its own augmentation.
       labels: [B] int64 in [0, num_classes].
       sigma: [K, B] float above 0.
       noise: [K, B, C, H, W] standard normal.
@@ -49,10 +49,11 @@ def micro_batch_loss(network: Callable[..., Tensor], batch: dict[str, Tensor]) -
 
     Args:
       network: as in `edm_loss`.
-      batch: images [B, C, H, W], labels [B], sigma [B, K], noise [B, K, C, H, W].
+      batch: images [B, C, H, W] or [B, K, C, H, W], labels [B], sigma [B, K], noise [B, K, C, H, W].
 
     Returns:
       [B] float.
     """
     sigma, noise = batch["sigma"].transpose(0, 1), batch["noise"].transpose(0, 1)
-    return edm_loss(network, batch["images"], batch["labels"], sigma, noise)
+    images = batch["images"].transpose(0, 1) if batch["images"].dim() == 5 else batch["images"]
+    return edm_loss(network, images, batch["labels"], sigma, noise)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from ray.util import placement_group, remove_placement_group
 
 from e2h.config import ScalingConfig, expect
+from e2h.data.remote import Place
 from e2h.distributed import autoscaler
 from e2h.distributed.console import say
-from e2h.distributed.nodes import HEAD, alive, describe, describe_nodes, slots
+from e2h.distributed.nodes import HEAD, alive, check_shared, describe, describe_nodes, slots
 from e2h.errors import InputError
 
 # Ray Train's own name for the time that a group of workers may take to come.
@@ -43,6 +45,13 @@ def check_capacity(scaling: ScalingConfig) -> None:
             _refuse(scaling, f"at most {most}, as this cluster has {describe_nodes()}; its autoscaler adds {offer}")
     elif fit_now < _fewest(scaling) and not autoscaler.report().autoscaler_state_version:
         _refuse(scaling, f"at most {fit_now}, as this cluster has {describe_nodes()}")
+
+
+def await_nodes(scaling: ScalingConfig, root: Place) -> None:
+    """Before work is given to nodes: there is room for the workers, and all that came see the same run."""
+    await_workers(scaling)
+    if isinstance(root, Path) and len(alive()) > 1:
+        check_shared(root)
 
 
 def await_workers(scaling: ScalingConfig) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from e2h.config import Config
+from e2h.config import Config, warmups
 from e2h.data.remote import Place
 from e2h.distributed.monitor import epsilon_after
 from e2h.distributed.progress import read_progress
@@ -66,8 +66,10 @@ def training_status(path: Place, config: Config, schedule: list[tuple[int, float
 class _Status:
     def __init__(self, path: Place, config: Config, schedule: list[tuple[int, float]], target: float) -> None:
         self.path, self.schedule, self.target = path, schedule, target
-        self.totals = {"warmup": config.warmup.num_steps, "finetune": config.finetune.num_steps}
-        self.batch = {"warmup": config.warmup.batch_size, "finetune": config.finetune.expected_batch_size}
+        easy = {name: settings for name, (_, settings) in warmups(config).items()}
+        self.totals = {name: one.num_steps for name, one in easy.items()} | {"finetune": config.finetune.num_steps}
+        self.batch = {name: one.batch_size for name, one in easy.items()}
+        self.batch["finetune"] = config.finetune.expected_batch_size
         self.first: dict[str, tuple[int, float]] = {}
         self.live = sys.stdout.isatty()
         self.width, self.last_log = 0, time.monotonic()
@@ -84,9 +86,9 @@ class _Status:
         total, now = self.totals[stage], time.monotonic()
         first_step, first_time = self.first.setdefault(stage, (step, now))
         rate = (step - first_step) / (now - first_time) if step > first_step else 0.0
-        left = f"eta {_duration((total - step) / rate)}" if rate else "eta ?"
         spent = f" eps {epsilon_after(self.schedule, step):.2f}/{self.target:.2f}" if stage == "finetune" else ""
-        return f"{stage:<10} step {step}/{total} {step / total:.0%}{spent} {rate * self.batch[stage]:.0f} img/s {left}"
+        speed = f" {rate * self.batch[stage]:.0f} img/s eta {_duration((total - step) / rate)}" if rate else ""
+        return f"{stage:<10} step {step}/{total} {step / total:.0%}{spent}{speed}"
 
     def _show(self, line: str) -> None:
         if self.live:

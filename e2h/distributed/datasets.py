@@ -15,19 +15,17 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from e2h.config import DataConfig
-from e2h.curriculum.central import CentralQuery
+from e2h.curriculum.easy import Query, file_sums, mask_key
 from e2h.curriculum.run import Run
 from e2h.curriculum.synthesis import Synthesizer
 from e2h.data.prepare import ShardStats, prepare_shard
 from e2h.data.records import Source
-from e2h.data.storage import Prepared, iter_batches
+from e2h.data.storage import Prepared
 from e2h.distributed.failures import refusal
 from e2h.errors import InputError
-from e2h.privacy.keys import derive_key
 
 Row = dict[str, Any]
-BLOCK_RECORDS, BLOCK_BYTES = 4096, 64 * 2**20  # of pixels, read at a time
-TASK_RECORDS = 65536  # of the central pass, where the processors alone would ask for larger ones
+TASK_RECORDS = 65536  # of an easy stage's pass, where the processors alone would ask for larger ones
 TASKS_PER_CPU = 4
 TASK_RETRIES = 10  # machines that vanish are ordinary; a crash that comes back each time is not
 
@@ -47,8 +45,8 @@ def prepare_shards(source: Source, data: DataConfig, folder: str) -> list[ShardS
     return list(_values(_tasks(rows).map(prepare)))
 
 
-def central_sums(run: Run, prepared: Prepared, query: CentralQuery, domain: str) -> np.ndarray:
-    """Exact sums of the central query over the training split, without noise: int64, sensitive.
+def query_sums(run: Run, prepared: Prepared, query: Query, stage: str, domain: str) -> np.ndarray:
+    """Exact sums of an easy stage's query over the training split, without noise: int64, sensitive.
 
     One pass over the data for all rounds, in few large tasks. Each adds up its files and answers once; answers are
     whole numbers and are merged as they come. A task that is lost runs again: its answer is the same, and counts once.
@@ -59,7 +57,7 @@ def central_sums(run: Run, prepared: Prepared, query: CentralQuery, domain: str)
     @ray.remote(num_cpus=1, max_retries=TASK_RETRIES, scheduling_strategy="DEFAULT")
     def partial_sums(paths: list[str]) -> Row:
         # The secret is resolved where it is used: it never enters the object store.
-        return _refusing(lambda: _file_sums(paths, query, derive_key(run.secret(), "central/sampling", domain)))
+        return _refusing(lambda: file_sums(paths, query, mask_key(run, stage, domain)))
 
     total, num_records = query.zero_sums(), 0
     for part, count in _answers(partial_sums, _shares(prepared)):
@@ -75,16 +73,6 @@ def _shares(prepared: Prepared) -> list[list[str]]:
     paths = prepared.paths("train")
     num_shares = max(TASKS_PER_CPU * _num_cpus(), prepared.manifest.num_train // TASK_RECORDS)
     return [list(share) for share in np.array_split(np.array(paths, dtype=object), min(num_shares, len(paths)))]
-
-
-def _file_sums(paths: list[str], query: CentralQuery, key: bytes) -> tuple[np.ndarray, int]:
-    """Sums over files, and how many records they have, in the memory of the sums and one block of records."""
-    total, count = query.zero_sums(), 0
-    bytes_per_image = query.channels * query.image_size**2
-    for block in iter_batches(paths, max(1, min(BLOCK_RECORDS, BLOCK_BYTES // bytes_per_image))):
-        query.partial_sums(block.images, block.labels, block.ids, key, total)
-        count += len(block)
-    return total, count
 
 
 def _answers(task: Any, arguments: list[Any]) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from e2h.config import STAGES, WARMUPS
 from e2h.data.remote import Place
 from e2h.errors import InputError
 from e2h.reporting.facts import read_config, read_json
@@ -35,12 +36,12 @@ class Monitor:
         from ray.util.metrics import Gauge  # Ray is imported where it is used: the session sets it up before
 
         config, plan = read_config(root), _plan(root)
-        self.batch = {
-            "warmup": config["warmup"]["batch_size"],
-            "finetune": config["finetune"]["expected_batch_size"],
-        }
+        of_stage = {"central": config["warmup"], "frequency": config["frequency"]["warmup"]}
+        easy = zip(WARMUPS, config["curriculum"], strict=False)
+        self.batch = {name: of_stage[stage]["batch_size"] for name, stage in easy}
+        self.batch["finetune"] = config["finetune"]["expected_batch_size"]
         self.block, self.schedule = config["finetune"]["ledger_block"], plan["epsilon_schedule"]
-        self.before = sum(one["epsilon_alone"] for one in plan["releases"] if one["name"] == "central")
+        self.before = sum(one["epsilon_alone"] for one in plan["releases"] if one["name"] in STAGES)
         self.restarts, self.rate_from = restarts, ("", 0, 0.0)
         self.gauges = {name: Gauge(name, text, ("run", "stage")) for name, text in GAUGES.items()}
         for gauge in self.gauges.values():

@@ -20,7 +20,7 @@ import numpy as np
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from e2h.config import digest
+from e2h.binding import digest
 from e2h.curriculum.run import Run
 from e2h.curriculum.search import (
     RUNGS,
@@ -45,7 +45,8 @@ from e2h.data.filesystem import remove, write_bytes
 from e2h.data.storage import Prepared
 from e2h.distributed.capacity import check_capacity
 from e2h.distributed.console import say, show_plan
-from e2h.distributed.stages import calibrate, release_central_images
+from e2h.distributed.easy import release_easy_stage
+from e2h.distributed.stages import calibrate
 from e2h.distributed.stand_in import as_on, prepare_stand_in, stand_in_data
 from e2h.distributed.trials import RESULT, adopt, adopted, run_trial
 from e2h.errors import BudgetError, InputError
@@ -88,8 +89,8 @@ def _open_budget(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan
     plan = _read_or_make_plan(run, prepared)
     show_plan(plan.whole, {one["name"]: one["epsilon_alone"] for one in read_json(run.root / "plan.json")["releases"]})
     run.open_budget(plan.whole.budget)
-    if plan.shared:
-        release_central_images(run, prepared, plan.whole)
+    for release in plan.shared:
+        release_easy_stage(run, prepared, plan.whole, release.name)
     for release in (one for one in plan.whole.releases if one not in plan.shared):
         bound = digest([release.name, search_binding(run.config)])
         domain = run.domain(release.event.to_json(), prepared.manifest.digest, bound)
@@ -112,7 +113,7 @@ def _read_or_make_plan(run: Run, prepared: Prepared) -> SearchPlan:
 def _open_proxy(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan]:
     """Prepares the stand-in; a trial on it has the noise, batch and steps that a run on the private set would have."""
     if run.config.search.proxy.source == "central":
-        release_central_images(run, prepared, calibrate(run, prepared))
+        release_easy_stage(run, prepared, calibrate(run, prepared), "central")
     stand_in, facts = prepare_stand_in(run, prepared).manifest, prepared.manifest
     known: dict[tuple[tuple[str, Any], ...], PrivacyPlan] = {}  # not a cached function: it travels to the trials
 

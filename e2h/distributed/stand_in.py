@@ -81,9 +81,13 @@ def as_on(plan: PrivacyPlan, num_records: int, class_names: Sequence[str], confi
     advice = "search on a larger set, or on smaller batches"
     expect(batch <= num_records, "finetune.expected_batch_size", batch, f"at most {num_records} stand-ins", advice)
     share = plan.num_records / num_records
-    releases = [
-        replace(one, event=replace(one.event, sampling_prob=min(1.0, one.event.sampling_prob * share)))
-        for one in plan.releases
-        if isinstance(one, Release)
-    ]
+    releases = [_scaled(one, share) for one in plan.releases if isinstance(one, Release)]
     return plan_of(releases, config, num_records, class_names, part=True)
+
+
+def _scaled(release: Release, share: float) -> Release:
+    """For `share` times as many records; a query over all of them gets noise of the same size beside their sum."""
+    event = release.event
+    if event.sampling_prob == 1:
+        return replace(release, event=replace(event, noise_multiplier=event.noise_multiplier / share))
+    return replace(release, event=replace(event, sampling_prob=min(1.0, event.sampling_prob * share)))

@@ -20,19 +20,20 @@ from e2h.curriculum.search import (
     read_score,
     score_kind,
     score_path,
-    shares_central,
+    shared_stages,
     store,
     with_values,
     write_score,
 )
 from e2h.curriculum.synthesis import num_shards
-from e2h.curriculum.train import central_images
+from e2h.curriculum.train import easy_images
 from e2h.data.exports import read_hf_parquet
 from e2h.data.filesystem import copy_files, list_files, remove, write_bytes
 from e2h.data.remote import Place
 from e2h.data.storage import Prepared, iter_batches, open_prepared
 from e2h.distributed import datasets
-from e2h.distributed.stages import forget_images_of_other_weights, release_central_images
+from e2h.distributed.easy import release_easy_stage
+from e2h.distributed.stages import settle_weights
 from e2h.distributed.training import train_on_workers
 from e2h.evaluation.downstream import fit
 from e2h.privacy.keys import derive_key
@@ -41,6 +42,7 @@ from e2h.reporting.facts import read_json
 
 SCORED = 1024  # records told apart at a time
 RESULT = "search.json"
+MODEL = ("checkpoints/model.safetensors", "checkpoints/average")  # what a trial's training released
 
 
 def common(search: Run) -> Place:
@@ -68,13 +70,15 @@ def _score_after(search: Run, run: Run, trial: Trial, share: float) -> Score:
     run.bind()
     run.open_budget(trial.plan.budget)
     run.ledger.take_over()
-    if shares_central(search.config) and search.config.search.privacy != "proxy":
-        _take(search.root, run.root, "central/")
-    else:
-        release_central_images(run, open_prepared(run.prepared), trial.plan)
+    shared = [] if search.config.search.privacy == "proxy" else shared_stages(search.config)
+    for stage in run.config.curriculum:
+        if stage in shared:
+            _take(search.root, run.root, f"{stage}/")
+        else:
+            release_easy_stage(run, open_prepared(run.prepared), trial.plan, stage)
     release = trial.plan.release("finetune")
     train_on_workers(run, release, max(1, round(share * release.event.count)))
-    forget_images_of_other_weights(run)
+    settle_weights(run)
     datasets.synthesize(run, num_shards(run.config.sampling))
     # Not among Tune's own resources for the trial, which have no processor.
     score = ray.remote(scheduling_strategy="DEFAULT")(_score)
@@ -85,7 +89,7 @@ def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
     kind, prepared = score_kind(search.config.search), open_prepared(run.prepared)
     synthetic = read_hf_parquet(sorted(run.synthetic.glob("part-*.parquet")))
     if kind == "central":
-        return central_distance(synthetic, central_images(run))
+        return central_distance(synthetic, easy_images(run, "central"))
     classes = len(prepared.manifest.class_names)
     predict = fit("logistic_regression", *synthetic, classes, run.config.evaluation.cnn_epochs, run.config.seed)
     if kind == "test":
@@ -113,10 +117,10 @@ def adopt(search: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:
     source = store(search.root) / trial.name
     if not (source / "checkpoints" / "model.safetensors").exists():
         raise RuntimeError(f"{trial.name}: expected the weights of the best trial")
-    for name in ("central/", "checkpoints/model.safetensors"):
+    for name in (*(f"{stage}/" for stage in run.config.curriculum), *MODEL):
         _take(source, run.root, name)
     _take_rows(source, run)
-    for stage in ("train", *(["central"] if run.config.central.enabled else [])):
+    for stage in ("train", *run.config.curriculum):
         run.mark_done(stage)
     result = {"values": trial.values, "score": score.to_json(), **told}
     write_bytes(run.root / RESULT, json.dumps(result, indent=2).encode())

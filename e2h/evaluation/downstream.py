@@ -77,26 +77,35 @@ def fit(name: str, images: Images, labels: Labels, num_classes: int, cnn_epochs:
 
 
 def fit_all(
-    names: Sequence[str], images: Images, labels: Labels, num_classes: int, cnn_epochs: int, seed: int
-) -> dict[str, Classifier]:
-    """Each of the classifiers by its name, see `fit`; none where the set holds fewer than two classes."""
+    names: Sequence[str], images: Images, labels: Labels, num_classes: int, cnn_epochs: int, seeds: Sequence[int]
+) -> dict[str, list[Classifier]]:
+    """The classifiers by their names, one a seed, see `fit`; none where the set holds fewer than two classes.
+
+    Logistic regression is trained once: its optimum is unique, and no seed has a part in it.
+    """
     if len(np.unique(labels)) < 2:
         return {}
-    return {name: fit(name, images, labels, num_classes, cnn_epochs, seed) for name in names}
+    used = {name: seeds[:1] if name == "logistic_regression" else seeds for name in names}
+    return {name: [fit(name, images, labels, num_classes, cnn_epochs, seed) for seed in used[name]] for name in names}
 
 
 def right_answers(
-    classifiers: Mapping[str, Classifier], blocks: Iterable[tuple[Images, Labels]], num_classes: int
+    classifiers: Mapping[str, Sequence[Classifier]], blocks: Iterable[tuple[Images, Labels]], num_classes: int
 ) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:
-    """Images of each class that each classifier tells right, and images of each class: int64 [num_classes] each.
+    """Images of each class that each classifier tells right, and images of each class.
 
     Args:
+      classifiers: by name, one a seed.
       blocks: the test set in parts, images uint8 [M, H, W, C] and labels [M]; one part is in memory at a time.
+
+    Returns:
+      int64 [seeds, num_classes] by name, int64 [num_classes].
     """
     total = np.zeros(num_classes, np.int64)
-    right = {name: np.zeros(num_classes, np.int64) for name in classifiers}
+    right = {name: np.zeros((len(seeds), num_classes), np.int64) for name, seeds in classifiers.items()}
     for images, labels in blocks:
         total += np.bincount(labels, minlength=num_classes)
-        for name, classify in classifiers.items():
-            right[name] += np.bincount(labels[classify(images) == labels], minlength=num_classes)
+        for name, seeds in classifiers.items():
+            for row, classify in zip(right[name], seeds, strict=True):
+                row += np.bincount(labels[classify(images) == labels], minlength=num_classes)
     return right, total

@@ -27,12 +27,15 @@ class SmallCNN(nn.Module):
         layers: list[nn.Module] = []
         side = image_size
         for width_in, width_out in ((channels, 32), (32, 64), (64, 128)):
-            layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU()]
+            layers.append(nn.Conv2d(width_in, width_out, 3, padding=1))
             if side > 2:
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))
                 side = -(-side // 2)
+            layers.append(nn.ReLU())  # after the maximum, with which it commutes: on a quarter of the pixels
         pooled = min(side, 4)
-        self.convolutions = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(pooled), nn.Flatten(), nn.Dropout(0.5))
+        if side > pooled:
+            layers.append(nn.AdaptiveAvgPool2d(pooled))
+        self.convolutions = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5))
         self.hidden = nn.Sequential(nn.Linear(128 * pooled * pooled, FEATURE_WIDTH), nn.ReLU())
         self.classify = nn.Sequential(nn.Dropout(0.5), nn.Linear(FEATURE_WIDTH, num_classes))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import e2h
-from e2h.config import CentralConfig, Config, SearchConfig, expect
+from e2h.config import Config, SearchConfig, expect
 from e2h.errors import BudgetError
 from e2h.privacy.accounting import (
     COARSE_GRID,
@@ -79,7 +79,7 @@ class PrivacyPlan:
     def statement(self) -> list[str]:
         """The guarantee in sentences that a data-protection officer can quote."""
         return [
-            f"Everything in this release is ({self.bound.epsilon:.4g}, {self.delta:g})-differentially private.",
+            f"Everything in this release is ({_up(self.bound.epsilon)}, {self.delta:g})-differentially private.",
             "Unit of protection: one record (one image with its label). Neighbouring data sets: one record's "
             "contribution is replaced by nothing (add-or-remove-one in its zero-out form).",
             f"Public, and not protected: the number of training records N = {self.num_records}, the list of "
@@ -94,11 +94,10 @@ class PrivacyPlan:
         ]
 
     def _shared_statement(self, shared: SharedBudget) -> str:
-        held = math.ceil(shared.epsilon_held * 1e4 * (1 - 1e-12)) / 1e4  # printed, it must not understate
         return (
             f"All runs that are charged to the budget of data set {shared.name}, later ones included, are together "
             f"({shared.epsilon:g}, {self.delta:g})-differentially private; when this one was planned, "
-            f"{shared.num_runs} of them, itself included, held epsilon {held:g}."
+            f"{shared.num_runs} of them, itself included, held epsilon {_up(shared.epsilon_held)}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -124,6 +123,11 @@ class PrivacyPlan:
             "tuning": self.tuning,
             **({"shared": asdict(self.shared)} if self.shared else {}),
         }
+
+
+def _up(epsilon: float) -> str:
+    """Four decimals, rounded up: printed, it must not understate."""
+    return f"{math.ceil(epsilon * 1e4 * (1 - 1e-12)) / 1e4:.4f}".rstrip("0").rstrip(".")
 
 
 def read_plan(value: dict[str, Any]) -> PrivacyPlan:
@@ -156,7 +160,8 @@ def _describe(release: Charge) -> str:
             "there were is secret, and nothing else of them is released."
         )
     event = release.event
-    what = {"central": "Central images", "finetune": "DP-SGD"}.get(release.name, release.name.capitalize())
+    titles = {"central": "Central images", "frequency": "Mean embeddings", "finetune": "DP-SGD"}
+    what = titles.get(release.name, release.name.capitalize())
     times = "1 round" if event.count == 1 else f"{event.count} rounds"
     return (
         f"{what}: {times} of the Poisson-sampled Gaussian mechanism, sampling probability {event.sampling_prob:.6g}, "
@@ -179,7 +184,7 @@ def make_plan(config: Config, num_records: int, class_names: Sequence[str]) -> P
     check_batch(config, num_records)
     batch = config.finetune.expected_batch_size
     target, delta = config.privacy.epsilon, config.privacy.delta
-    easy = [central_release(config.central, target, delta)] if config.central.enabled else []
+    easy = [easy_release(config, stage) for stage in config.curriculum]
     step = PoissonSampledGaussian(batch / num_records, 1.0, config.finetune.num_steps)
     releases = (*easy, calibrate(easy, "finetune", step, target, delta))
     return plan_of(releases, config, num_records, class_names)
@@ -231,23 +236,30 @@ def check_batch(config: Config, num_records: int) -> None:
     expect(batch <= num_records, "finetune.expected_batch_size", batch, expectation, "lower it, or use more data")
 
 
-def central_release(central: CentralConfig, target: float, delta: float, grid: float = FINE_GRID) -> Release:
-    """The easy stage's release, by its noise multiplier or by its share of epsilon.
+def easy_release(config: Config, stage: str, target: float | None = None, grid: float = FINE_GRID) -> Release:
+    """An easy stage's release, by its noise multiplier or by its share of epsilon.
 
     A share f means that the stage alone is (f * epsilon, delta)-DP; epsilons of stages don't add up.
+
+    Args:
+      stage: of `curriculum`.
+      target: epsilon that the share is of; none: privacy.epsilon.
     """
-    noise_multiplier = central.noise_multiplier or 1.0
-    event = PoissonSampledGaussian(central.sampling_prob, noise_multiplier, central.num_rounds)
-    if central.noise_multiplier is not None:
-        return Release("central", event)
-    return calibrate([], "central", event, central.budget_share * target, delta, grid)
+    central, settings = config.central, config.central if stage == "central" else config.frequency
+    # The mean embeddings are one sum over all records.
+    sampling_prob, count = (central.sampling_prob, central.num_rounds) if stage == "central" else (1.0, 1)
+    event = PoissonSampledGaussian(sampling_prob, settings.noise_multiplier or 1.0, count)
+    if settings.noise_multiplier is not None:
+        return Release(stage, event)
+    target = config.privacy.epsilon if target is None else target
+    return calibrate([], stage, event, settings.budget_share * target, config.privacy.delta, grid)
 
 
 def code_digest() -> str:
     """SHA-256 of the code that determines a release: other code is another domain, paid again."""
     root = Path(e2h.__file__).parent
     digest = hashlib.sha256(e2h.__version__.encode())
-    paths = [root / "config.py"]
+    paths = [root / "config.py", root / "binding.py"]
     for package in ("privacy", "diffusion", "curriculum", "data", "distributed"):
         paths += sorted((root / package).glob("*.py"))
     for path in paths:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from e2h.data.remote import Place
 from e2h.errors import InputError
+from e2h.reporting.privacy_curves import best_guess
 
 RELATIONS = {
     "REPLACE_SPECIAL": "one record's contribution is replaced by nothing (add-or-remove-one in its zero-out form); "
@@ -22,6 +23,7 @@ RELATIONS = {
 MECHANISMS = {"poisson_sampled_gaussian": "Poisson-sampled Gaussian", "selection": "best of a random number of trials"}
 TITLES = {
     "central": "Central images (easy stage)",
+    "frequency": "Mean embeddings (easy stage)",
     "finetune": "DP-SGD training (hard stage)",
     "score": "Score of a trial",
     "search": "Search (the best trial)",
@@ -88,13 +90,10 @@ def small(delta: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def best_guess(points: Iterable[tuple[float, float]]) -> float:
-    """Largest chance of telling right whether one record took part, after a fair coin decided that.
-
-    Every (delta, epsilon) pair bounds it by (e^epsilon + delta) / (e^epsilon + 1) (from the trade-off of Kairouz et al.
-    2015); the smallest bound holds.
-    """
-    return min((delta - 1) / (math.exp(min(epsilon, 700)) + 1) + 1 for delta, epsilon in points)
+def percent_up(share: float) -> str:
+    """A share of 1 as a percentage, rounded up; more digits where one would say "all"."""
+    digits = 1 if share < 0.999 else 3
+    return f"{math.ceil(100 * share * 10**digits * (1 - 1e-12)) / 10**digits:.{digits}f} %"
 
 
 def sentence(plan: Mapping[str, Any]) -> str:
@@ -107,12 +106,11 @@ def sentence(plan: Mapping[str, Any]) -> str:
 
 def meaning(plan: Mapping[str, Any]) -> str:
     """What the guarantee means for one person, as the bound on a membership guess."""
-    points = [(plan["delta"], plan["epsilon"]), *(tuple(point) for point in plan["epsilon_at_delta"])]
-    share = math.ceil(best_guess(points) * 1e5 * (1 - 1e-12)) / 1e3
     return (
         "In plain words: if a fair coin decided whether one given record takes part, even someone who knows all other "
-        f"records and sees everything published here would tell right in at most {share:.3f} % of cases; 50 % is blind "
-        "guessing, 100 % no protection. This is the worst case over all records and all attacks."
+        "records and sees everything published here would tell right in at most "
+        f"{percent_up(best_guess(plan))} of cases; 50 % is blind guessing, 100 % no protection. This is the worst case "
+        "over all records and all attacks."
     )
 
 
@@ -136,16 +134,18 @@ def release_rows(plan: Mapping[str, Any]) -> list[dict[str, str]]:
     for release in plan["releases"]:
         event = release["event"]
         rows.append(_row(release["name"], event) | {"epsilon_alone": up(release["epsilon_alone"])})
+        where = ", in each trial of kind {}" if len(event.get("candidates", [])) > 1 else ", in each trial"
         for kind, trial in enumerate(event.get("candidates", []), 1):
-            rows += [_row(one["name"], one["event"], f", in each trial of kind {kind}") for one in trial]
+            rows += [_row(one["name"], one["event"], where.format(kind)) for one in trial]
     return rows
 
 
 def _row(name: str, event: Mapping[str, Any], where: str = "") -> dict[str, str]:
+    title = TITLES.get(name, name.capitalize())
     given = {key: number(event[key]) if key in event else "" for key in ("sampling_prob", "noise_multiplier")}
     return {
         "name": name,
-        "title": TITLES.get(name, name.capitalize()) + where,
+        "title": title.split(" (")[0] + where if where else title,
         "mechanism": MECHANISMS.get(event["type"], event["type"]),
         **given,
         "count": str(event["count"]),
@@ -154,8 +154,23 @@ def _row(name: str, event: Mapping[str, Any], where: str = "") -> dict[str, str]
 
 
 def choice(plan: Mapping[str, Any]) -> str:
-    """How the settings were chosen, in a sentence."""
+    """How the settings were chosen and who paid, in a sentence or two."""
     tuning = plan.get("tuning")
     if not tuning:
-        return "No search chose the settings of this run."
-    return f"The settings were chosen {tuning['how']}, {tuning['expected_trials']:g} trials (mode “{tuning['mode']}”)."
+        return "No search chose the settings of this run: nothing was spent on choosing."
+    paid = {
+        "proxy": "It cost nothing: no private image was read for it, or only what had been released and paid for.",
+        "selection": "Its cost is part of the epsilon above; how many trials there were stays secret.",
+        "compose": "Its cost, that of every trial, is part of the epsilon above.",
+    }
+    mode, how = tuning["mode"], tuning["how"][0].upper() + tuning["how"][1:]
+    average = " on average" if mode == "selection" else ""
+    return f"{how}: {tuning['expected_trials']:g} trials{average} (mode “{mode}”). {paid.get(mode, '')}".strip()
+
+
+def searched(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a search could choose from, by setting; public like every setting."""
+    space = (config.get("search") or {}).get("space") or {}
+    return {
+        name: ", ".join(map(str, found)) if isinstance(found, list) else str(found) for name, found in space.items()
+    }

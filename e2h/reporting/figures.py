@@ -1,107 +1,153 @@
-"""Pictures inside the report: curves and bars as inline SVG, images as data URIs; no script, no request."""
+"""Charts by matplotlib, as SVG: inline in the report, in its colours and its font, and as files of their own."""
 
 from __future__ import annotations
 
-import base64
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import io
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
+import numpy as np
 from markupsafe import Markup
 
-from e2h.data.images import decode, encode_png
 from e2h.reporting import facts
 
 Point = tuple[float, float]
 
-# Units of the drawing are CSS pixels at the width that a curve has on the page.
-WIDTH, HEIGHT = 400, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 36
-BAR_WIDTH = 480
+# Drawn colour -> the page's, which turns dark with it.
+COLOURS = {
+    "#1f2529": "var(--ink)",
+    "#59636b": "var(--soft)",
+    "#dcdfdc": "var(--rule)",
+    "#1d6a72": "var(--accent)",
+    "#9cc3c4": "var(--part)",
+    "#8a3b12": "var(--warn)",
+    "#ffffff": "none",
+}
+INK, SOFT, RULE, ACCENT, PART, WARN, GROUND = COLOURS
+# Shape and colour, so that no series is told by colour alone.
+SERIES = (("o", ACCENT), ("s", WARN), ("^", SOFT), ("D", PART))
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a class may be named $x$
+    "font.size": 12,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "xtick.major.pad": 6,
+    "ytick.major.pad": 6,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "lines.linewidth": 2,
+    "legend.frameon": False,
+    "legend.fontsize": 12,
+}
+# Of annotations: across as a share of the axes, up as the values are, moved by some points.
+IN_AXES: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+# Drawn at this width in CSS pixels, which is about what a chart gets on the page.
+WIDTH, HEIGHT = 400, 220
 MAX_POINTS = 300
-MAX_CLASSES = 20
 
 
-def data_uri(png: bytes) -> str:
-    """A PNG file as the `src` of an image."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+class Drawing(NamedTuple):
+    """One chart; `description` says in words what it shows."""
+
+    title: str
+    description: str
+    svg: str
+
+    def inline(self) -> Markup:
+        """As an element of the page: its colours, its font, no identifiers that two charts could share."""
+        svg = re.sub(r"font-family: [^;\"]*; ", "", self.svg)
+        for drawn, page in COLOURS.items():
+            svg = svg.replace(drawn, page)
+        words = escape(f"{self.title}. {self.description}")
+        return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1))
+
+    def file(self) -> bytes:
+        """As an SVG file."""
+        words = f"<title>{escape(self.title)}</title><desc>{escape(self.description)}</desc>"
+        head, rest = self.svg.split(">", 1)
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{words}{rest}'.encode()
 
 
-def line_chart(points: Sequence[Point], title: str, unit: str = "", x_label: str = "step") -> Markup:
-    """One curve as an SVG element whose title and description say what it shows.
+def styled(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
+    """Has a drawing function run in our style, and leaves everybody else's settings of matplotlib as they are."""
+
+    @functools.wraps(draw)
+    def styled(*arguments: Any, **named: Any) -> Drawing:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # on its first use it tells of its fonts
+        from matplotlib import rc_context  # half a second to import, and every `import e2h.reporting` would pay it
+
+        with rc_context(STYLE):
+            return draw(*arguments, **named)
+
+    return styled
+
+
+def sheet(width: float = WIDTH, height: float = HEIGHT) -> tuple[Any, Any]:
+    """A figure of that many CSS pixels and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def drawing(figure: Any, title: str, description: str) -> Drawing:
+    """The figure as SVG, without what matplotlib says of itself, style sheets and identifiers."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": title}):  # the same chart gives the same bytes, another one other identifiers
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg[svg.index("<svg ") :], flags=re.DOTALL)
+    svg = re.sub(r'<defs>\s*<clipPath.*?</defs>|(?<=<g) id="[^"]*"| clip-path="[^"]*"', "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf"<svg \1 {_NAMESPACES}>", svg)
+    return Drawing(title, description, re.sub(r"\n\s*", "\n", svg))
+
+
+@styled
+def line_chart(
+    points: Sequence[Point], title: str, unit: str = "", x_label: str = "step", target: float | None = None
+) -> Drawing:
+    """One curve.
 
     Args:
-      points: (x, y), sorted by x, at least two; thinned to 300, the last one kept.
+      points: (x, y), sorted by x, at least two; thinned to about 300, the last one kept.
+      target: drawn as a dashed line.
     """
     shown = [*points[:: max(1, len(points) // MAX_POINTS)], points[-1]]
     xs, ys = zip(*shown, strict=True)
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_low, x_high = min(xs), max(xs)
-    y_low, y_high = min(min(ys), y_ticks[0]), max(max(ys), y_ticks[-1])
-
-    def place(x: float, y: float) -> Point:
-        across = (x - x_low) / ((x_high - x_low) or 1)
-        upward = (y - y_low) / ((y_high - y_low) or 1)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - upward * (HEIGHT - TOP - BOTTOM)
-
-    path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in shown)
+    figure, axes = sheet()
+    axes.plot(xs, ys, color=ACCENT)
+    axes.grid(axis="x", visible=False)
+    if target is not None:
+        axes.axhline(target, color=WARN, linestyle=(0, (4, 3)), linewidth=1.5)
+        axes.annotate(f"target {facts.up(target)}", (0, target), (4, -4), va="top", **IN_AXES)
+        axes.set_ylim(0, 1.08 * max(target, *ys))
+    axes.set_xlabel(x_label, loc="right")
+    axes.locator_params(nbins=5)
     description = f"From {ys[0]:.4g} at {x_label} {xs[0]:g} to {ys[-1]:.4g} at {x_label} {xs[-1]:g}; "
     description += f"lowest {min(ys):.4g}, highest {max(ys):.4g}{' ' + unit if unit else ''}."
-    parts = [_y_tick(y, place(x_low, y)[1]) for y in y_ticks]
-    parts += [_x_tick(x, place(x, y_low)[0]) for x in x_ticks if x_low <= x <= x_high]
-    parts.append(f'<polyline class="curve" points="{path}"/>')
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>')
-    return _svg(title, description, WIDTH, HEIGHT, parts)
+    return drawing(figure, title, description)
 
 
-def _y_tick(value: float, y: float) -> str:
-    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
-
-
-def _x_tick(value: float, x: float) -> str:
-    return f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{value:g}</text>'
-
-
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten apart) that span [low, high]."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / count))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * count >= span * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def _svg(title: str, description: str, width: float, height: float, parts: Sequence[str]) -> Markup:
-    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(f"{title}. {description}")}">'
-    words = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
-    return Markup(head + words + "".join(parts) + "</svg>")
-
-
-def budget_bars(plan: Mapping[str, Any]) -> Markup:
-    """What each release costs alone and all cost together, as bars against the target."""
-    rows = [(facts.TITLES.get(r["name"], r["name"]), r["epsilon_alone"], "part") for r in plan["releases"]]
-    rows.append(("All together", plan["epsilon"], "whole"))
-    target = plan["target_epsilon"]
-    scale = (BAR_WIDTH - 60) / max(target, *(value for _, value, _ in rows))
-    parts, y = [], 6
-    for label, value, kind in rows:
-        parts.append(f'<text class="label" x="0" y="{y + 10}">{escape(label)}</text>')
-        parts.append(f'<rect class="{kind}" x="0" y="{y + 17}" width="{value * scale:.1f}" height="16" rx="2"/>')
-        x = max(value, target) * scale + 8  # beside the target's line, not on it
-        parts.append(f'<text class="label" x="{x:.1f}" y="{y + 30}">{facts.up(value)}</text>')
-        y += 46
-    x = target * scale
-    parts.append(f'<line class="target" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y}"/>')
-    note = f'<text class="tick" x="{x:.1f}" y="{y + 15}" text-anchor="end">target {facts.up(target)}</text>'
-    description = "; ".join(f"{label}: epsilon {facts.up(value)}" for label, value, _ in rows)
-    return _svg("Privacy budget", f"{description}; target {facts.up(target)}.", BAR_WIDTH, y + 20, [*parts, note])
-
-
-def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]], title: str) -> Markup:
+@styled
+def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]]) -> Drawing:
     """An axis for each searched setting and one for the score; a line a trial, the best last and thick.
 
     Args:
@@ -110,26 +156,20 @@ def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]], titl
     names = [*trials[0][0], "score"]
     columns = [_places([values[name] for values, _ in trials]) for name in names[:-1]]
     columns.append(_places([score for _, score in trials]))
-    xs = [LEFT + index * (WIDTH - 2 * LEFT) / (len(names) - 1) for index in range(len(names))]
-    parts = []
-    for name, x, (shown, _) in zip(names, xs, columns, strict=True):
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        short = escape(name.split(".")[-1].replace("_", " "))
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short}</text>')
-        for text, height in shown.items():
-            y = HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)
-            parts.append(f'<text class="tick" x="{x + 4:.1f}" y="{y + 4:.1f}">{escape(text)}</text>')
     order = sorted(range(len(trials)), key=lambda index: trials[index][1])
+    figure, axes = sheet(WIDTH, 260)
     for index in order:
+        best = index == order[-1]
         heights = [heights[index] for _, heights in columns]
-        points = [
-            f"{x:.1f},{HEIGHT - BOTTOM - h * (HEIGHT - TOP - BOTTOM):.1f}" for x, h in zip(xs, heights, strict=True)
-        ]
-        width = 3 if index == order[-1] else 1
-        parts.append(f'<polyline class="curve" style="stroke-width:{width}" points="{" ".join(points)}"/>')
-    best = ", ".join(f"{name} {value}" for name, value in trials[order[-1]][0].items())
-    description = f"{len(trials)} trials; the best, score {trials[order[-1]][1]:.4g}, has {best}."
-    return _svg(title, description, WIDTH, HEIGHT, parts)
+        axes.plot(range(len(names)), heights, color=ACCENT if best else PART, linewidth=3 if best else 1)
+    for x, (texts, _) in enumerate(columns):
+        for text, height in texts.items():
+            axes.annotate(text, (x, height), (5, 2), textcoords="offset points")
+    axes.set_xticks(range(len(names)), [name.split(".")[-1].replace("_", "\n") for name in names])
+    axes.set(xlim=(-0.1, len(names) - 0.6), ylim=(-0.05, 1.1), yticks=[])
+    values = ", ".join(f"{name} {value}" for name, value in trials[order[-1]][0].items())
+    description = f"{len(trials)} trials; the best, score {trials[order[-1]][1]:.4g}, has {values}."
+    return drawing(figure, "Values and score of every trial", description)
 
 
 def _places(values: Sequence[Any]) -> tuple[dict[str, float], list[float]]:
@@ -144,32 +184,25 @@ def _places(values: Sequence[Any]) -> tuple[dict[str, float], list[float]]:
     return texts, [heights[one] for one in values]
 
 
-def _labelled(folder: Path) -> Iterator[tuple[int, bytes]]:
-    for path in sorted(folder.glob("*.parquet")):
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(256, columns=["image", "label"]):
-                rows = batch.to_pylist()
-                yield from ((int(row["label"]), row["image"]["bytes"]) for row in rows)
+Dots = Mapping[str, Mapping[str, tuple[float, float]]]  # series -> row -> (value, spread), shares of 1
 
 
-def class_strips(folder: Path, class_names: Sequence[str], what: str, per_class: int = 10) -> list[dict[str, Any]]:
-    """The first images of each class, for at most 20 classes.
-
-    Args:
-      folder: holds Parquet files with columns image (struct of bytes, path) and label; may be missing.
-      what: what the images are, for the alternative text ("synthetic images").
-
-    Returns:
-      One dictionary a class that has images: "name", "sources" (data URIs of PNG files), "alt".
-    """
-    found: dict[int, list[str]] = {label: [] for label in range(min(len(class_names), MAX_CLASSES))}
-    for label, content in _labelled(folder):
-        if len(found.get(label, range(per_class))) < per_class:
-            found[label].append(data_uri(encode_png(decode(content))))
-            if all(len(sources) == per_class for sources in found.values()):
-                break
-    return [
-        {"name": name, "sources": sources, "alt": f"{len(sources)} {what} of class {name}"}
-        for name, sources in zip(map(str, class_names), found.values(), strict=False)
-        if sources
-    ]
+@styled
+def dot_plot(series: Dots, title: str) -> Drawing:
+    """Shares in per cent, a row for each name and a marker for each series; the spread is a line through the marker."""
+    rows = list(dict.fromkeys(row for values in series.values() for row in values))
+    figure, axes = sheet(WIDTH, 25 * len(rows) + 80)
+    for index, (name, values) in enumerate(series.items()):
+        marker, colour = SERIES[index % len(SERIES)]
+        ys = [rows.index(row) for row in values]
+        xs, spreads = (np.array(part) * 100 for part in zip(*values.values(), strict=True))
+        axes.errorbar(xs, ys, xerr=spreads, fmt=marker, color=colour, markersize=7, linewidth=1.5, label=name)
+    axes.set_yticks(range(len(rows)), [row if len(row) <= 24 else row[:23] + "…" for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(right=100.5)
+    axes.set_xlabel("%", loc="right")
+    axes.locator_params(axis="x", nbins=6)
+    if len(series) > 1:
+        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
+    parts = (f"{row}, {name}: {100 * x:.1f} %" for name, values in series.items() for row, (x, _) in values.items())
+    return drawing(figure, title, "; ".join(parts) + ".")

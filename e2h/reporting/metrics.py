@@ -49,10 +49,12 @@ _FREE, _SECRET = ReleaseClass.RELEASABLE, ReleaseClass.SENSITIVE
 
 METRICS: dict[str, Metric] = {
     "central/grid": Metric(_FREE, "Central images", "image"),
+    "frequency/grid": Metric(_FREE, "Images of the generator", "image"),
     "warmup/loss": Metric(_FREE, "Warm-up loss on the central images", ""),
+    "warmup2/loss": Metric(_FREE, "Second warm-up loss on the central images", ""),
     "warmup/images_per_second": Metric(_FREE, "Warm-up throughput", "images/s"),
     "finetune/step": Metric(_FREE, "DP-SGD steps done", "steps"),
-    "finetune/epsilon_spent": Metric(_FREE, "Epsilon spent, all stages together", "epsilon"),
+    "finetune/epsilon_spent": Metric(_FREE, "Epsilon spent, all stages together", ""),
     "finetune/noise_multiplier": Metric(_FREE, "Noise multiplier", ""),
     "finetune/learning_rate": Metric(_FREE, "Learning rate", ""),
     "synthetic/grid": Metric(_FREE, "Synthetic images", "image"),
@@ -101,7 +103,8 @@ class MetricWriter:
         """
         metric, now = _declared(name, image=False), time.time()
         number = float(value)
-        self._writers[metric.release_class].add_scalar(name, number, step, _event_time(metric.release_class, now))
+        writer = self._writers[metric.release_class]
+        writer.add_scalar(tag(name), number, step, _event_time(metric.release_class, now))
         # JSON knows no NaN or infinity: null says that there was a step without a usable number.
         self._append(name, metric, number if math.isfinite(number) else None, step, now)
 
@@ -163,6 +166,12 @@ class MetricWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def tag(name: str) -> str:
+    """What TensorBoard calls a number: its name and, where there is one, its unit."""
+    unit = METRICS[name].unit
+    return f"{name} ({unit})" if unit not in ("", "image") else name
 
 
 def _declared(name: str, image: bool) -> Metric:

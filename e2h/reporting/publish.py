@@ -15,17 +15,8 @@ import yaml
 from e2h.errors import InputError
 from e2h.reporting import facts
 from e2h.reporting.card import card
-from e2h.reporting.check import content_problems, ledger_problems
-from e2h.reporting.report import count_images, render
-
-# Say where the private data, the run and its secret lie, not how the release was made.
-PRIVATE_KEYS = (
-    ("data", "path"),
-    ("privacy", "secret"),
-    ("run", "storage"),
-    ("ledger", "path"),
-    ("search", "proxy", "path"),
-)
+from e2h.reporting.check import PRIVATE_KEYS, content_problems, ledger_problems
+from e2h.reporting.report import count_images, released_figures, render
 
 
 def publish(run_dir: str | os.PathLike[str], ledger_head: tuple[int, str] | None = None) -> Path:
@@ -79,6 +70,8 @@ def _build(run_dir: Path, target: Path, ledger_head: tuple[int, str] | None) -> 
     _write(target / "ledger.json", json.dumps(ledger(plan, ledger_head), indent=2) + "\n")
     _write(target / "config.yaml", yaml.safe_dump(public_config(config), sort_keys=False))
     _write(target / "report.html", render(run_dir, internal=False))
+    for chart, drawing in released_figures(run_dir).items():
+        _write(target / "figures" / f"{chart}.svg", drawing.file().decode())
     _copy(weights, target / "model.safetensors")
     _copy(grid, target / "grid.png")
     for path in tables:

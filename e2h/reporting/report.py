@@ -14,10 +14,14 @@ from e2h.config import NOT_PRIVATE
 from e2h.data import filesystem
 from e2h.reporting import facts, figures
 from e2h.reporting.metrics import METRICS, ReleaseClass, read_curves
+from e2h.reporting.pictures import class_strips
+from e2h.reporting.privacy_curves import best_guess
+from e2h.reporting.privacy_figures import privacy_figures
 from e2h.reporting.recompute import recipe
+from e2h.reporting.utility import utility
 
-# A constant or a counter is a number, not a curve.
-NOT_DRAWN = ("finetune/step",)
+# A constant or a counter is a number, not a curve; epsilon is drawn from the plan.
+NOT_DRAWN = ("finetune/step", "finetune/epsilon_spent")
 
 
 def render(run_dir: Path, internal: bool) -> str:
@@ -48,22 +52,41 @@ def render(run_dir: Path, internal: bool) -> str:
         public=facts.public_facts(plan, config),
         relation=facts.RELATIONS.get(plan["neighbouring_relation"], plan["neighbouring_relation"]),
         banner=NOT_PRIVATE if plan["not_private"] else None,
-        budget=figures.budget_bars(plan),
-        schedule=_schedule(plan),
-        central=figures.class_strips(run_dir / "central", names, "noisy central images"),
-        synthetic=figures.class_strips(run_dir / "synthetic", names, "synthetic images"),
+        guess=facts.percent_up(best_guess(plan)),
+        figures=released_figures(run_dir),
+        central=class_strips(run_dir / "central", names, "noisy central images"),
+        frequency=class_strips(run_dir / "frequency", names, "images of the easy stage's generator"),
+        synthetic=class_strips(run_dir / "synthetic", names, "synthetic images"),
         curves=_curves(run_dir, ReleaseClass.RELEASABLE),
         search=_search(run_dir),
+        searched=facts.searched(config),
         recipe=recipe(plan),
         version=e2h.__version__,
     )
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes the internal rendering to `report.html`, readable by its owner only, and returns its path."""
+    """Writes the internal rendering to `report.html`, readable by its owner only, and the charts to `figures/`.
+
+    Returns:
+      The path of the report.
+    """
     path = run_dir / "report.html"
+    (run_dir / "figures").mkdir(exist_ok=True)
+    for name, drawing in released_figures(run_dir).items():
+        filesystem.write_bytes(run_dir / "figures" / f"{name}.svg", drawing.file())
     filesystem.write_bytes(path, render(run_dir, internal=True).encode())
     return path
+
+
+def released_figures(run_dir: Path) -> dict[str, figures.Drawing]:
+    """The charts that may be published, by file name: of the plan, and of a search whose trials are all paid for."""
+    found = dict(privacy_figures(facts.read_json(run_dir / "plan.json")))
+    told = (_search(run_dir) or {}).get("trials", [])
+    trials = [(one["values"], score) for one in told for score in list(one["scores"].values())[-1:]]
+    if len(trials) > 1:
+        found["trials"] = figures.parallel_coordinates(trials)
+    return found
 
 
 def count_images(run_dir: Path) -> int:
@@ -73,18 +96,8 @@ def count_images(run_dir: Path) -> int:
 
 def _search(run_dir: Path) -> dict[str, Any] | None:
     """What may be told of a search: the best trial, and the others where all of them are paid for or public."""
-    if not (run_dir / "search.json").exists():
-        return None
-    found = facts.read_json(run_dir / "search.json")
-    trials = [(one["values"], score) for one in found.get("trials", []) for score in list(one["scores"].values())[-1:]]
-    picture = figures.parallel_coordinates(trials, "Values and score of every trial") if len(trials) > 1 else None
-    return {**found, "picture": picture}
-
-
-def _schedule(plan: dict[str, Any]) -> Any:
-    points = [(step, epsilon) for step, epsilon in plan["epsilon_schedule"]]
-    title = "Epsilon spent during DP-SGD, all stages together"
-    return figures.line_chart(points, title) if len(points) > 1 else None
+    path = run_dir / "search.json"
+    return facts.read_json(path) if path.exists() else None
 
 
 def _curves(run_dir: Path, release_class: ReleaseClass) -> list[dict[str, Any]]:
@@ -95,16 +108,16 @@ def _curves(run_dir: Path, release_class: ReleaseClass) -> list[dict[str, Any]]:
         points = found.get(name, [])
         varies = len({value for _, value in points}) > 1
         if metric.release_class is release_class and varies and name not in NOT_DRAWN:
-            svg = figures.line_chart(points, metric.title, metric.unit)
-            drawn.append({"title": metric.title, "name": name, "unit": metric.unit, "svg": svg})
+            drawing = figures.line_chart(points, metric.title, metric.unit)
+            drawn.append({"title": metric.title, "unit": metric.unit, "drawing": drawing})
     return drawn
 
 
 def _internal(run_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
     """All that only the internal rendering shows."""
-    evaluation, environment, command = (run_dir / n for n in ("evaluation.json", "environment.json", "command.txt"))
+    environment, command = (run_dir / name for name in ("environment.json", "command.txt"))
     return {
-        "evaluation": facts.read_json(evaluation) if evaluation.exists() else None,
+        "utility": utility(run_dir),
         "curves": _curves(run_dir, ReleaseClass.SENSITIVE),
         "environment": flatten(facts.read_json(environment)) if environment.exists() else {},
         "command": command.read_text() if command.exists() else "",

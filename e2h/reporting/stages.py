@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 # The stages that leave a `_SUCCESS.json`, and where.
-FOLDERS = {"prepare": "prepared", "central": "central", "train": "checkpoints", "sample": "synthetic"}
+FOLDERS = {
+    "prepare": "prepared",
+    "central": "central",
+    "frequency": "frequency",
+    "train": "checkpoints",
+    "sample": "synthetic",
+}
 
 
 @dataclass
@@ -36,11 +42,11 @@ def stages(
       at: stage and step by the progress file; ("", 0) without one.
       held: whether a process holds the run; then the first stage that is not done is running.
     """
-    easy, parts = known["central_images"], sum(name.startswith("synthetic/part-") for name in names)
+    parts = sum(name.startswith("synthetic/part-") for name in names)
     found = [
         _stage("prepare", finished["prepare"], _any(names, "prepared")),
         *([_stage("search", "search.json" in names, _any(names, "trials/"))] if known["search"] else []),
-        _stage("central", finished["central"], _any(names, "central/"), on=easy),
+        *(_stage(stage, finished[stage], _any(names, f"{stage}/")) for stage in known["easy_stages"]),
         *_training(known, names, finished["train"], at),
         _stage("sample", finished["sample"], parts > 0, done=parts, total=known["num_shards"]),
         _stage("evaluate", "evaluation.json" in names, False, on=known["evaluation"]),
@@ -59,20 +65,13 @@ def checkpoint_step(names: Mapping[str, Any], stage: str) -> int:
 
 
 def _training(known: Mapping[str, Any], names: Mapping[str, Any], trained: bool, at: tuple[str, int]) -> list[Stage]:
-    totals = {"warmup": known["warmup_steps"], "finetune": known["finetune_steps"]}
+    totals = {**known["warmup_steps"], "finetune": known["finetune_steps"]}
     steps = {stage: at[1] if stage == at[0] else checkpoint_step(names, stage) for stage in totals}
     private = trained or at[0] == "finetune" or steps["finetune"] > 0
-    ends = {"warmup": private or steps["warmup"] >= totals["warmup"], "finetune": trained}
+    ends = {stage: private or steps[stage] >= total for stage, total in totals.items()} | {"finetune": trained}
+    shown = {stage: total if ends[stage] else steps[stage] for stage, total in totals.items()}
     return [
-        _stage(
-            stage,
-            ends[stage],
-            steps[stage] > 0,
-            stage == "finetune" or known["central_images"],
-            total if ends[stage] else steps[stage],
-            total,
-        )
-        for stage, total in totals.items()
+        _stage(stage, ends[stage], steps[stage] > 0, done=shown[stage], total=total) for stage, total in totals.items()
     ]
 
 

@@ -15,7 +15,8 @@ from time import time
 from typing import Any
 
 from e2h import s3
-from e2h.config import digest
+from e2h.binding import digest
+from e2h.config import WARMUPS
 from e2h.data.filesystem import is_visible
 from e2h.data.remote import Place
 from e2h.errors import BudgetError, InputError
@@ -142,8 +143,8 @@ def _known_by(config: Mapping[str, Any]) -> dict[str, Any]:
         "epsilon": float(privacy["epsilon"]),
         "delta": float(privacy["delta"]),
         "not_private": bool(privacy["test_mode"]),
-        "central_images": bool(config["central"]["enabled"]),
-        "warmup_steps": int(config["warmup"]["num_steps"]),
+        "easy_stages": [str(stage) for stage in config["curriculum"]],
+        "warmup_steps": _warmup_steps(config),
         "finetune_steps": int(finetune["num_steps"]),
         "expected_batch_size": int(finetune["expected_batch_size"]),
         "noise_multiplicity": int(finetune["noise_multiplicity"]),
@@ -153,6 +154,13 @@ def _known_by(config: Mapping[str, Any]) -> dict[str, Any]:
         "search": (config.get("search") or {}).get("privacy"),
         "seed": int(config["seed"]),
     }
+
+
+def _warmup_steps(config: Mapping[str, Any]) -> dict[str, int]:
+    """Of each warm-up, by its name (`e2h.config.warmups`)."""
+    of_stage = {"central": config["warmup"], "frequency": config["frequency"]["warmup"]}
+    steps = [int(of_stage[stage]["num_steps"]) for stage in config["curriculum"]]
+    return dict(zip(WARMUPS, steps, strict=False))
 
 
 def ledger_of(root: Place, config: Mapping[str, Any]) -> str:
@@ -190,7 +198,7 @@ def _read_notes(status: Status, root: Place, ages: Mapping[str, float]) -> None:
 def _read_stages(status: Status, root: Place, ages: Mapping[str, float], binding: str) -> None:
     at = _object(status, root, "progress.json") if "progress.json" in ages else {}
     status.worker_group_restarts = _count(at.get("restarts")) if at else None
-    saved = {stage: checkpoint_step(ages, stage) for stage in ("finetune", "warmup")}
+    saved = {stage: checkpoint_step(ages, stage) for stage in ("finetune", *reversed(WARMUPS))}
     status.checkpoint = next(((stage, step) for stage, step in saved.items() if step), None)
     marks = {stage: f"{folder}/_SUCCESS.json" for stage, folder in FOLDERS.items()}
     # As for the run itself, a mark of another configuration counts for nothing; a search has two of them, the one that

@@ -9,7 +9,7 @@ import torch
 from e2h.curriculum import central as central_module
 from e2h.curriculum import finetune as finetune_module
 from e2h.curriculum.central import GRID_BITS, CentralQuery, pool
-from e2h.curriculum.finetune import PrivateRun
+from e2h.curriculum.learner import PrivateRun
 from e2h.privacy import dpsgd
 from e2h.privacy import optimizer as optimizer_module
 from e2h.privacy.dpsgd import ClippedSum

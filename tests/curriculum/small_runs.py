@@ -17,7 +17,8 @@ import torch.multiprocessing as mp
 from e2h.config import Config, FinetuneConfig, ModelConfig, RunConfig, SamplingConfig, WarmupConfig
 from e2h.curriculum import finetune as finetune_module
 from e2h.curriculum.checkpoint import Checkpoints
-from e2h.curriculum.finetune import PrivateRun, finetune
+from e2h.curriculum.finetune import finetune
+from e2h.curriculum.learner import PrivateRun
 from e2h.curriculum.run import Run
 from e2h.curriculum.warmup import warm_up
 from e2h.curriculum.workers import Workers

@@ -12,6 +12,7 @@ from small_runs import CLASSES, FINETUNE, NUM_RECORDS, new_network, records
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.finetune import _micro_batch
 from e2h.curriculum.warmup import shift
+from e2h.diffusion.losses import micro_batch_loss
 
 
 def test_every_address_has_its_own_seed():
@@ -71,3 +72,27 @@ def test_a_shift_repeats_the_border():
     assert (shift(image, 0, 0) == image).all()
     assert (shift(image, 1, 0)[:, :, 0] == image[[0, 0, 1, 2]][:, :, 0]).all()
     assert (shift(image, 0, -2)[:, :, 0] == image[:, [2, 3, 3, 3]][:, :, 0]).all()
+
+
+def test_each_draw_of_a_record_has_its_own_augmentation():
+    images = np.arange(2 * 64, dtype=np.uint8).reshape(2, 8, 8, 1)
+    seeds = addressed_seeds(0, "finetune", 0, np.arange(2))
+    plain = make_batch(images, np.zeros(2), seeds, 40, 0.1, CLASSES)
+    batch = make_batch(images, np.zeros(2), seeds, 40, 0.1, CLASSES, max_shift=1, flip=True)
+    assert batch["images"].shape == (2, 40, 1, 8, 8)
+    for name in ("labels", "sigma", "noise"):  # what was drawn without augmentation stays
+        assert torch.equal(plain[name], batch[name])
+    for image, draws in zip(plain["images"], batch["images"], strict=True):
+        seen = {tuple(draw.flatten().tolist()) for draw in draws}
+        moved = {
+            tuple(torch.as_tensor(one[:, :, ::-1].copy() if mirror else one).flatten().tolist())
+            for down in (-1, 0, 1)
+            for right in (-1, 0, 1)
+            for one in [shift(image.permute(1, 2, 0).numpy(), down, right).transpose(2, 0, 1)]
+            for mirror in (False, True)
+        }
+        assert seen <= moved
+        assert len(seen) > 10
+    network = new_network()
+    same = {**plain, "images": plain["images"][:, None].expand(-1, 40, -1, -1, -1)}
+    assert torch.allclose(micro_batch_loss(network, same), micro_batch_loss(network, plain))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from e2h.config import Config, RunConfig, binding
+from e2h.binding import binding
+from e2h.config import Config, RunConfig
 from e2h.curriculum import run as run_module
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.errors import InputError

@@ -68,7 +68,7 @@ def mnist(epsilon: float, law: str) -> Config:
     kind = "poisson" if law == "poisson" else "negative_binomial"
     most = 128 if law == "poisson" else 1000
     config = searching(epsilon=epsilon, law=kind, shape=shape, max_trials=most, score_noise_multiplier=1e5)
-    config.privacy.delta, config.central.enabled = 1e-5, False
+    config.privacy.delta, config.curriculum = 1e-5, []
     config.finetune.expected_batch_size, config.finetune.num_steps = 4096, 2197
     config.search.space = {"warmup.num_steps": [1, 2]}
     return config
@@ -191,7 +191,7 @@ def test_what_was_written_is_read_back():
 
 def test_a_budget_that_scores_alone_exceed_is_refused_with_the_way_out():
     config = searching("compose", epsilon=0.5, expected_trials=36.0)
-    with pytest.raises(BudgetError, match=r"privacy\.epsilon=0\.5: central images and scores alone") as refusal:
+    with pytest.raises(BudgetError, match=r"privacy\.epsilon=0\.5: easy stages and scores alone") as refusal:
         solved(config, candidates(config) * 12)
     assert "search.score_noise_multiplier" in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import Killed, prepare, small_config
 
-from e2h.curriculum import finetune as finetune_module
+from e2h.curriculum import learner as learner_module
 from e2h.curriculum import machine
 from e2h.curriculum.run import open_run
 from e2h.curriculum.train import fitting_unit, new_network, train, weights_digest
@@ -30,7 +30,7 @@ def trained(
 ) -> tuple[bytes, list, tuple]:
     """The bytes of the weights, the steps that were made, and what the ledger charged."""
     config, made = small_config(storage), []
-    config.central.enabled, config.scaling.physical_batch_size = central, unit
+    config.curriculum, config.scaling.physical_batch_size = (["central"] if central else []), unit
 
     def progress(stage: str, step: int) -> None:
         made.append((stage, step))
@@ -191,13 +191,13 @@ def forms(key: bytes) -> set[bytes]:
 
 
 def test_no_key_is_written_printed_or_sent_to_the_workers(tmp_path, monkeypatch, capfd, caplog):
-    keys, derive = [bytes(range(32))], finetune_module.derive_key
+    keys, derive = [bytes(range(32))], learner_module.derive_key
 
     def watched(secret, purpose, *address):
         keys.append(derive(secret, purpose, *address))
         return keys[-1]
 
-    monkeypatch.setattr(finetune_module, "derive_key", watched)
+    monkeypatch.setattr(learner_module, "derive_key", watched)
     config, reported = small_config(tmp_path), []
     with open_run(config) as run:
         release = prepare(run)

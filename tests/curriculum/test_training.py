@@ -31,6 +31,7 @@ from small_runs import (
 )
 
 from e2h.curriculum import finetune as finetune_module
+from e2h.curriculum import learner as learner_module
 from e2h.curriculum import warmup as warmup_module
 from e2h.curriculum.batches import make_batch
 from e2h.curriculum.warmup import warm_up
@@ -231,7 +232,7 @@ def test_a_checkpoint_of_another_domain_stops_the_resumed_run(alone, tmp_path):
 
 def test_sampler_optimizer_and_accountant_share_q_and_noise_and_steps_and_the_normaliser(tmp_path, monkeypatch):
     sampled, built = [], []
-    draw, build = finetune_module.poisson_mask, finetune_module.SecureDPOptimizer
+    draw, build = finetune_module.poisson_mask, learner_module.SecureDPOptimizer
 
     def watched_draw(key, step, ids, sampling_prob):
         sampled.append((step, len(ids), sampling_prob))
@@ -242,7 +243,7 @@ def test_sampler_optimizer_and_accountant_share_q_and_noise_and_steps_and_the_no
         return build(*arguments, **settings)
 
     monkeypatch.setattr(finetune_module, "poisson_mask", watched_draw)
-    monkeypatch.setattr(finetune_module, "SecureDPOptimizer", watched_build)
+    monkeypatch.setattr(learner_module, "SecureDPOptimizer", watched_build)
     Training(tmp_path).run()
     (charged,) = new_ledger(tmp_path).charged()
     event, (settings,) = charged.event, built
@@ -275,7 +276,7 @@ def test_every_micro_batch_has_one_shape_and_its_padding_weighs_nothing(tmp_path
 def test_a_checkpoint_holds_nothing_but_what_the_noisy_steps_made(alone):
     step, state = alone["training"].checkpoints.latest("finetune")
     assert step == STEPS
-    assert set(state) == {"network", "ema", "optimizer", "start"}
+    assert set(state) == {"network", "ema", "averages", "optimizer", "start"}
     assert set(state["network"]) == set(new_network().state_dict())
     assert set(state["ema"]) == {"num_updates", "parameters"}
     # Adam's averages of noisy gradients: no clipped sum, draw or key.

@@ -28,7 +28,7 @@ def network() -> UNet:
 def chosen(monkeypatch, used=lambda size: 0, memory=2**40, batch=1000, workers=ALONE) -> tuple[int, list[int]]:
     """The size chosen and those tried, where a unit of n images uses used(n) bytes."""
     tried = []
-    monkeypatch.setattr(units, "_micro_batch", lambda network, settings, size, *shape: tried.append(size))
+    monkeypatch.setattr(units, "private_micro_batch", lambda network, settings, size, *shape: tried.append(size))
     monkeypatch.setattr(units, "memory_of", lambda work, device: (work(), used(tried[-1]))[1])
     monkeypatch.setattr(units, "free_bytes", lambda device: memory)
     return largest_that_fits(network(), FinetuneConfig(expected_batch_size=batch), 8, 1, workers), tried

@@ -16,7 +16,8 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from e2h.config import Config, binding
+from e2h.binding import binding
+from e2h.config import Config
 from e2h.distributed import monitor
 from e2h.distributed.failures import summary
 from e2h.distributed.monitor import GAUGES, Monitor, epsilon_after

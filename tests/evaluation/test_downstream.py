@@ -5,24 +5,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
-from e2h.evaluation.downstream import fit_all, pixels, right_answers
+from e2h.evaluation.downstream import fit, fit_all, pixels, right_answers
 from e2h.evaluation.networks import SmallCNN, as_tensor
 
 CLASSIFIERS = ["logistic_regression", "mlp", "cnn"]
 
 
-@pytest.fixture(scope="module")
-def digits():
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    return (data.images[order] * 255 / 16).astype(np.uint8)[..., None], data.target[order]
-
-
 def score(images, labels, test_images, test_labels, classifiers=CLASSIFIERS, epochs=6, seed=0):
     right, total = right_answers(
-        fit_all(classifiers, images, labels, 10, epochs, seed), [(test_images, test_labels)], 10
+        fit_all(classifiers, images, labels, 10, epochs, [seed]), [(test_images, test_labels)], 10
     )
     return {name: found.sum() / total.sum() for name, found in right.items()}
 
@@ -61,12 +53,16 @@ def test_one_class_has_nothing_to_learn(digits):
     assert score(images[:20], np.zeros(20, int), images[20:30], np.zeros(10, int)) == {}
 
 
-def test_right_answers_of_any_blocks_are_those_of_the_whole(digits):
+def test_right_answers_of_any_blocks_and_seeds_are_those_of_the_whole(digits):
     images, labels = digits
-    trained = fit_all(CLASSIFIERS, images[:200], labels[:200], 10, 1, 0)
+    trained = fit_all(CLASSIFIERS, images[:200], labels[:200], 10, 1, [3, 4])
+    alone = [fit("cnn", images[:200], labels[:200], 10, 1, seed) for seed in (3, 4)]
     images, labels = images[1100:], labels[1100:]
-    found = [classify(images) == labels for classify in trained.values()]
-    expected = [[int(right[labels == k].sum()) for k in range(10)] for right in found]
+    assert [len(seeds) for seeds in trained.values()] == [1, 2, 2]  # logistic regression has nothing to draw
+    for one, other in zip(trained["cnn"], alone, strict=True):
+        np.testing.assert_array_equal(one(images), other(images))
+    found = [[classify(images) == labels for classify in seeds] for seeds in trained.values()]
+    expected = [[[int(right[labels == k].sum()) for k in range(10)] for right in seeds] for seeds in found]
     for size in (7, 600, 5000):
         blocks = ((images[start : start + size], labels[start : start + size]) for start in range(0, len(images), size))
         right, total = right_answers(trained, blocks, 10)

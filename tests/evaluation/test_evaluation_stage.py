@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from e2h import results as stages
 from e2h.config import Config, DataConfig, EvaluationConfig, SamplingConfig
 from e2h.curriculum.run import Run
 from e2h.curriculum.synthesis import shard_path
@@ -12,7 +13,6 @@ from e2h.data.exports import write_hf_parquet
 from e2h.data.prepare import finish_prepared, prepare_shard
 from e2h.data.sources import open_source
 from e2h.data.storage import load_split, open_prepared
-from e2h.distributed import stages
 from e2h.errors import InputError
 from e2h.evaluation.evaluate import evaluate
 
@@ -41,7 +41,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize("count", [2, 170, 777, 10**6])
 @pytest.mark.parametrize("block", [64, 1000])
-def test_only_the_first_real_images_are_read(run, monkeypatch, count, block):
+def test_real_images_are_spread_over_the_set_and_few_files_opened(run, monkeypatch, count, block):
     prepared, opened, original = open_prepared(run.prepared), [], stages.iter_batches
 
     def watched(paths, size):
@@ -51,12 +51,24 @@ def test_only_the_first_real_images_are_read(run, monkeypatch, count, block):
 
     monkeypatch.setattr(stages, "iter_batches", watched)
     monkeypatch.setattr(stages, "EVALUATED_AT_ONCE", block)
-    images, labels = stages._first_images(prepared, count)
+    images, labels = stages._some_images(prepared, count)
     whole = load_split(prepared, "train")
-    np.testing.assert_array_equal(images, whole.images[:count])
-    np.testing.assert_array_equal(labels, whole.labels[:count])
-    rows_up_to = np.cumsum([file.rows for file in prepared.manifest.files["train"]])
-    assert len(opened) == min(int(np.searchsorted(rows_up_to, count)) + 1, len(rows_up_to))
+    places = np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)
+    np.testing.assert_array_equal(images, whole.images[places])
+    np.testing.assert_array_equal(labels, whole.labels[places])
+    assert len(opened) == len(prepared.paths("train"))
+    opened.clear()
+    monkeypatch.setattr(stages, "EVALUATED_FILES", 2)
+    images, labels = stages._some_images(prepared, count)
+    assert len(images) == len(labels) == min(count, len(whole))
+    rows = len(whole) / len(prepared.paths("train"))
+    assert len(opened) <= max(2, count // rows + 2)
+    assert {opened[0], opened[-1]} == {prepared.paths("train")[0], prepared.paths("train")[-1]}
+
+
+def spread(records, count):
+    places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
+    return records.images[places], records.labels[places]
 
 
 def test_blocks_of_any_size_give_what_whole_splits_give(run, monkeypatch):
@@ -64,15 +76,17 @@ def test_blocks_of_any_size_give_what_whole_splits_give(run, monkeypatch):
     synthetic, settings = (train.images[:300], train.labels[:300]), run.config.evaluation
     whole = evaluate(
         synthetic,
-        (train.images[: settings.max_feature_records], train.labels[: settings.max_feature_records]),
+        spread(train, settings.max_feature_records),
         [(test.images, test.labels)],
         settings,
         run.config.seed,
         list("0123456789"),
+        [(train.images, train.labels)],
     )
     monkeypatch.setattr(stages, "EVALUATED_AT_ONCE", 50)
     found = stages._evaluate(run)
-    assert list(found.pop("per_class_accuracy").values()) == list(whole.pop("per_class_accuracy").values())
+    of_blocks, of_whole = (one["downstream"]["logistic_regression"].pop("per_class") for one in (found, whole))
+    assert list(of_blocks.values()) == list(of_whole.values())
     assert found == whole
 
 

@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from sklearn.datasets import load_digits
 
-from e2h.config import EvaluationConfig
-from e2h.errors import InputError
-from e2h.evaluation.evaluate import evaluate
 from e2h.evaluation.features import feature_statistics, train_extractor
 from e2h.evaluation.frechet import FeatureStatistics, frechet_distance
 from e2h.evaluation.networks import as_tensor
@@ -62,13 +56,6 @@ def test_fewer_features_than_dimensions_and_too_few():
         frechet_distance(FeatureStatistics.of(gaussian(3, 1)), many)
 
 
-@pytest.fixture(scope="module")
-def digits():
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    return (data.images[order] * 255 / 16).astype(np.uint8)[..., None], data.target[order]
-
-
 def test_named_features_order_sets_as_eyes_do(digits):
     images, labels = digits
     name, model = train_extractor(images[:600], labels[:600], 10)
@@ -100,35 +87,3 @@ def test_extractor_is_reproducible_and_says_when_it_is_untrained(digits):
     )
     np.testing.assert_array_equal(first.outer, second.outer)
     assert train_extractor(images[:100], np.zeros(100, int), 1)[0] == "small_cnn_random_v1"
-
-
-def test_evaluation_holds_the_contract_and_is_sensitive(digits):
-    images, labels = digits
-    names = [f"digit {k}" for k in range(10)]
-    config = EvaluationConfig(classifiers=["logistic_regression"])
-    synthetic, train, test = (
-        (images[:500], labels[:500]),
-        (images[500:800], labels[500:800]),
-        (images[1000:], labels[1000:]),
-    )
-    found = json.loads(json.dumps(evaluate(synthetic, train, [test], config, 0, names)))
-    blocks = ((images[start : start + 90], labels[start : start + 90]) for start in range(1000, len(images), 90))
-    assert json.loads(json.dumps(evaluate(synthetic, train, blocks, config, 0, names))) == found
-    assert found["class"] == "sensitive"
-    assert found["downstream"]["logistic_regression"]["accuracy"] > 0.9
-    assert found["frechet"]["extractor"] == "small_cnn_v1"
-    assert found["frechet"]["distance"] > 0
-    assert (found["num_synthetic"], found["num_real_test"]) == (500, len(images) - 1000)
-    assert set(found["per_class_accuracy"]) == set(names)
-    shares = np.bincount(labels[1000:]) / len(labels[1000:])
-    mean = sum(found["per_class_accuracy"][name] * share for name, share in zip(names, shares, strict=True))
-    assert mean == pytest.approx(found["downstream"]["logistic_regression"]["accuracy"])
-
-
-def test_empty_sets_are_refused_by_name(digits):
-    images, labels = digits
-    good, empty = (images[:50], labels[:50]), (images[:0], labels[:0])
-    with pytest.raises(InputError, match="real_test=0 images"):
-        evaluate(good, good, [empty], EvaluationConfig(classifiers=[]), 0, list("0123456789"))
-    with pytest.raises(InputError, match="real_train=0 images"):
-        evaluate(good, empty, [good], EvaluationConfig(), 0, list("0123456789"))

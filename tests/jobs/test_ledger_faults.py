@@ -118,7 +118,7 @@ def no_sums(run: Run, prepared: object, query, domain: str) -> np.ndarray:
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(entry, "session", lambda *_: nullcontext())
-    patch.setattr(datasets, "central_sums", no_sums)
+    patch.setattr(datasets, "query_sums", no_sums)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_flipped_byte_is_code_3(place):
 
 
 def test_a_missing_record_is_code_3(place):
-    place.stopped_at(datasets, "central_sums")
+    place.stopped_at(datasets, "query_sums")
     lines = place.ledger.read_bytes().splitlines(keepends=True)
     place.ledger.write_bytes(b"".join(lines[:-1]))
     place.refused(3, "some are missing, so nothing can be spent")
@@ -219,6 +219,6 @@ def test_a_clock_that_jumps_changes_nothing(place, years):
     now = time.time
     with place.patch.context() as patched:
         patched.setattr("e2h.privacy.chain.time.time", lambda: now() + years * 365 * 86400)
-        place.stopped_at(datasets, "central_sums")
+        place.stopped_at(datasets, "query_sums")
     assert abs(place.records()[-1]["time"] - place.records()[0]["time"]) > 9 * 365 * 86400
     place.charged_once()

@@ -84,6 +84,7 @@ def test_pipeline_leaves_every_contracted_file(undisturbed: tuple[Path, str]) ->
         assert (root / stage / "_SUCCESS.json").is_file(), stage
     release = {str(path.relative_to(root / "release")) for path in (root / "release").rglob("*") if path.is_file()}
     fixed = {"README.md", "ledger.json", "model.safetensors", "config.yaml", "report.html", "grid.png"}
+    fixed |= {f"figures/{name}.svg" for name in ("budget", "trade_off", "epsilon_by_step", "noise_by_share")}
     assert fixed <= release
     assert all(name.startswith("data/") and name.endswith(".parquet") for name in release - fixed)
     evaluation = json.loads((root / "evaluation.json").read_text())

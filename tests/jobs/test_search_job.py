@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_pipeline import _training_workers, charged_steps
 
-from e2h.config import Config, digest
+from e2h.binding import digest
+from e2h.config import Config
 from e2h.curriculum.search import search_binding, trial_law
 from e2h.privacy.keys import derive_key
 from e2h.reporting.check import check
@@ -143,6 +144,7 @@ OUTSIDE = {
     *(f"synthetic/part-{part:05d}.parquet" for part in range(3)),
     *("release/README.md", "release/config.yaml", "release/grid.png", "release/ledger.json"),
     *("release/model.safetensors", "release/report.html"),
+    *(f"{folder}figures/{name}.svg" for folder in ("", "release/") for name in ("budget", "trade_off")),
     *(f"release/data/part-{part:05d}.parquet" for part in range(3)),
 }
 # Names that differ from run to run: TensorBoard's, the mapped images', those of files in the making.

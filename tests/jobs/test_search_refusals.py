@@ -90,7 +90,7 @@ CASES = {
     "no law": (["search.privacy=selection", "search.max_trials=4"], "raise max_trials"),
     "a private setting": (
         ["search.privacy=selection", "search.space={privacy.epsilon:[1,2]}"],
-        "search.space=privacy.epsilon: expected a setting of model, central, warmup, finetune, sampling",
+        "search.space=privacy.epsilon: expected a setting of model, central, warmup, frequency, finetune, sampling",
     ),
     "the same twice": (
         ["search.privacy=selection", "search.space={warmup.num_steps:[7,7]}"],

@@ -11,7 +11,7 @@ from e2h.config import Config
 from e2h.errors import BudgetError
 from e2h.privacy.accounting import epsilon, epsilon_pld
 from e2h.privacy.events import PoissonSampledGaussian, Release
-from e2h.privacy.plan import central_release, make_plan, read_plan
+from e2h.privacy.plan import easy_release, make_plan, read_plan
 
 NAMES = ["cat", "dog"]
 
@@ -46,13 +46,13 @@ def test_all_stages_together_spend_the_target(plan):
 def test_the_easy_stage_takes_its_share_of_epsilon():
     config = settings(noise_multiplier=None)
     config.central.budget_share = 0.3
-    release = central_release(config.central, 2.0, 1e-4)
+    release = easy_release(config, "central", target=2.0)
     assert 0.6 * (1 - 1e-3) < epsilon([release], 1e-4).epsilon <= 0.6
 
 
 def test_without_the_easy_stage_all_goes_to_the_hard_one(plan):
     config = settings()
-    config.central.enabled = False
+    config.curriculum = []
     config.privacy.test_mode = True
     alone = make_plan(config, 2000, NAMES)
     assert [release.name for release in alone.releases] == ["finetune"]

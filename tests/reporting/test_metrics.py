@@ -11,7 +11,7 @@ import pytest
 from e2h.data import filesystem
 from e2h.data.remote import S3Path, place
 from e2h.reporting import metrics as metrics_module
-from e2h.reporting.metrics import METRICS, MetricWriter, ReleaseClass, read_curves
+from e2h.reporting.metrics import METRICS, MetricWriter, ReleaseClass, read_curves, tag
 
 SCALARS = [name for name, metric in METRICS.items() if metric.unit != "image"]
 IMAGES = [name for name in METRICS if name not in SCALARS]
@@ -39,11 +39,18 @@ def test_every_name_lands_in_the_directory_of_its_class_and_nowhere_else(tmp_pat
         for name in IMAGES:
             writer.image(name, np.zeros((4, 6, 1), np.uint8), 3)
     for kind in ReleaseClass:
-        declared = {name for name, metric in METRICS.items() if metric.release_class is kind}
+        declared = {tag(name) for name, metric in METRICS.items() if metric.release_class is kind}
         assert set(events(tmp_path / "tb" / kind)) == declared
     assert {row["name"]: row["class"] for row in rows(tmp_path)} == {
         name: metric.release_class.value for name, metric in METRICS.items()
     }
+
+
+def test_tags_say_their_units():
+    assert tag("finetune/batch_size") == "finetune/batch_size (records)"
+    assert tag("warmup/images_per_second") == "warmup/images_per_second (images/s)"
+    assert tag("warmup/loss") == "warmup/loss"
+    assert tag("central/grid") == "central/grid"
 
 
 def test_private_measurements_are_declared_sensitive():

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from e2h.config import NOT_PRIVATE, Config, PrivacyConfig, stamp
+from e2h.data.exports import read_hf_parquet, write_image_folder, write_npz
 from e2h.data.images import write_png
 from e2h.errors import InputError
 from e2h.reporting.check import check
@@ -23,6 +24,10 @@ EXPECTED = {
     "config.yaml",
     "data/part-00000.parquet",
     "data/part-00001.parquet",
+    "figures/budget.svg",
+    "figures/epsilon_by_step.svg",
+    "figures/noise_by_share.svg",
+    "figures/trade_off.svg",
     "grid.png",
     "ledger.json",
     "model.safetensors",
@@ -153,8 +158,7 @@ def published_secret() -> Config:
 
 
 @pytest.mark.parametrize("spoil", [stamp_table, stamp_weights, stamp_picture])
-def test_one_file_of_a_run_that_is_not_private_spoils_a_release(make_run, spoil):
-    release = publish(make_run())
+def test_one_file_of_a_run_that_is_not_private_spoils_a_release(release, spoil):
     assert check(release) == []
     spoil(release)
     (problem,) = check(release)
@@ -215,14 +219,9 @@ def spoil_ledger(**entries):
         (lambda r: (r / "ledger.json").write_text("[]"), "expected a JSON object"),
     ],
 )
-def test_check_finds(published, spoil, expected):
-    spoil(published)
-    assert any(expected in problem for problem in check(published)), check(published)
-
-
-@pytest.fixture
-def published(make_run):
-    return publish(make_run())
+def test_check_finds(release, spoil, expected):
+    spoil(release)
+    assert any(expected in problem for problem in check(release)), check(release)
 
 
 def test_check_knows_an_internal_report(make_run):
@@ -238,11 +237,33 @@ def test_check_of_no_folder(tmp_path):
     assert re.match("release_dir=.*expected a release folder", check(tmp_path / "none")[0])
 
 
-def test_hugging_face_datasets_load_the_release(published, tmp_path):
+def test_hugging_face_datasets_load_the_release(release, tmp_path):
     import datasets  # a second to import
 
-    loaded = datasets.load_dataset(str(published), cache_dir=str(tmp_path / "cache"))["train"]
-    assert len(loaded) == 23
-    assert loaded.features["label"].names == ["zero", "one", "two"]
-    assert loaded[0]["image"].size == (8, 8)
-    assert loaded[1]["label"] == 1
+    def load(*arguments, **named):
+        return datasets.load_dataset(*arguments, cache_dir=str(tmp_path / "cache"), split="train", **named)
+
+    by_card = load(str(release))
+    by_files = load("parquet", data_files=str(release / "data" / "*.parquet"))
+    for loaded in (by_card, by_files):
+        assert len(loaded) == 23
+        assert isinstance(loaded.features["image"], datasets.Image)
+        assert loaded.features["label"].names == ["zero", "one", "two"]
+        assert loaded[0]["image"].size == (8, 8)
+        assert loaded[1]["label"] == 1
+
+
+def test_image_folder_and_npz_made_of_a_release_are_read_by_others(release, tmp_path):
+    import datasets  # its `imagefolder` reads what torchvision's ImageFolder reads: a folder a class
+
+    images, labels = read_hf_parquet(sorted(release.glob("data/*.parquet")))
+    write_image_folder(tmp_path / "folder", images, labels, ["zero", "one", "two"])
+    cache = str(tmp_path / "cache")
+    folder = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "folder"), cache_dir=cache, split="train")
+    assert folder.features["label"].names == ["one", "two", "zero"]
+    assert sorted(np.bincount(folder["label"])) == sorted(np.bincount(labels))
+    write_npz(tmp_path / "all.npz", images, labels)
+    with np.load(tmp_path / "all.npz") as arrays:
+        assert arrays["arr_0"].shape == (23, 8, 8, 1)
+        assert arrays["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(arrays["arr_1"], labels)

@@ -100,16 +100,8 @@ def test_printed_epsilon_never_understates():
     assert facts.up(0.0) == "0"
 
 
-def test_best_guess_is_the_sharpest_of_its_pairs():
-    assert facts.best_guess([(0.0, 0.0)]) == 0.5
-    assert facts.best_guess([(0.0, math.log(3))]) == pytest.approx(0.75)
-    assert facts.best_guess([(1.0, 0.0)]) == 1
-    assert facts.best_guess([(0.0, 10.0), (0.2, 0.0)]) == pytest.approx(0.6)
-
-
-def test_best_guess_bounds_the_best_attack_on_a_gaussian():
-    # The likelihood-ratio test between N(0, s) and N(1, s) is right with probability Phi(1 / (2 s)).
-    sigma = 2.0
-    pairs = [(delta, dp_accounting.get_epsilon_gaussian(sigma, delta)) for delta in (0.15, 0.1, 0.01, 1e-5)]
-    attack = 0.5 * (1 + math.erf(1 / (2 * sigma) / math.sqrt(2)))
-    assert attack <= facts.best_guess(pairs) < attack + 0.05
+def test_a_share_is_rounded_up_and_never_to_all():
+    assert facts.percent_up(0.81361) == "81.4 %"
+    assert facts.percent_up(0.5) == "50.0 %"
+    assert facts.percent_up(0.99974) == "99.974 %"
+    assert facts.percent_up(1.0) == "100.000 %"

@@ -3,16 +3,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import pytest
 
 from e2h.errors import InputError
-from e2h.reporting import figures
+from e2h.reporting.pictures import class_strips
 from e2h.reporting.report import render, write_report
 
-VOID = {"meta", "img", "link", "br", "hr", "line", "rect", "polyline", "input"}
+VOID = {"meta", "img", "link", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
@@ -51,7 +53,8 @@ def page(run, request):
 
 def test_internal_shows_what_release_leaves_out(run):
     internal, release = (Page(render(run, internal=kind)).text for kind in (True, False))
-    for word in ("87.6 %", "12.3", "small_cnn_v1", "DP-SGD loss on the private images", "machine-7", "/secret/place"):
+    sensitive = ("87.6 ± 1.2 %", "12.35", "small_cnn_v1", "DP-SGD loss on the private images", "31.27", "1.41")
+    for word in (*sensitive, "95.1 ± 0.4 %", "65.4 %", "83.4 %", "machine-7", "/secret/place"):
         assert word in internal
         assert word not in release
     for word in ("Warm-up loss on the central images", "The guarantee", "Poisson-sampled Gaussian", "5000"):
@@ -79,7 +82,8 @@ def test_page_is_self_contained_and_has_no_scripts(page):
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     sources = [a[k] for _, a in page.tags for k in ("src", "href", "srcset") if k in a]
     assert len(sources) > 10
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    named = {a["id"] for _, a in page.tags if "id" in a}
+    assert all(s.startswith("data:image/png;base64,") or s.removeprefix("#") in named for s in sources)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
@@ -89,7 +93,9 @@ def test_page_is_well_formed_and_readable_by_a_screen_reader(page):
     assert ("html", {"lang": "en"}) in page.tags
     tags = [tag for tag, _ in page.tags]
     assert tags.count("h1") == 1
-    assert tags.count("main") == 1
+    assert tags.count("main") == tags.count("nav") == tags.count("header") == tags.count("footer") == 1
+    identifiers = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(identifiers) == len(set(identifiers))
     levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
     assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
@@ -106,6 +112,28 @@ def test_images_come_by_class_with_words(page):
         "9 synthetic images of class one",
         "9 synthetic images of class two",
     ]
+
+
+@pytest.mark.parametrize("missing", ["inception", "memorisation", "downstream"])
+def test_what_was_not_measured_is_not_shown(run, missing):
+    words = {"inception": "Inception score", "memorisation": "Memorisation", "downstream": "CNN"}
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert words[missing] in Page(render(run, internal=True)).text
+    (run / "evaluation.json").write_text(json.dumps(evaluation | {missing: {} if missing == "downstream" else None}))
+    (run / "evaluation" / "baselines.json").unlink()
+    page = Page(render(run, internal=True))
+    assert page.broken == []
+    assert words[missing] not in page.text.replace("small_cnn_v1", "")
+    assert "Fréchet distance" in page.text
+
+
+def test_a_ratio_of_distances_may_not_exist(run):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["memorisation"] |= {"ratio": None, "nearest_train_of_test": [0.0, 0.0, 0.0]}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = Page(render(run, internal=True)).text
+    assert "(1 % is what chance gives)." in text
+    assert "ratio of the medians" not in text
 
 
 def test_words_from_outside_are_escaped(run):
@@ -138,41 +166,41 @@ def test_not_private_banner(make_run):
         assert "NOT PRIVATE" in render(make_run(f"run{kind}", not_private=True), internal=kind)
 
 
-def test_budget_bars_hold_every_cost(run):
+@pytest.fixture
+def frequency_run(run, write_table):
     plan = json.loads((run / "plan.json").read_text())
-    svg = figures.budget_bars(plan)
-    assert svg.count("<rect") == 3
-    widths = [float(width) for width in re.findall(r'width="([\d.]+)" height="16"', svg)]
-    whole, target = widths[-1], float(re.search(r'class="target" x1="([\d.]+)"', svg).group(1))
-    assert whole / target == pytest.approx(plan["epsilon"] / plan["target_epsilon"], abs=1e-3)
-    assert max(widths[:2]) < whole < sum(widths[:2])
+    event = {"type": "poisson_sampled_gaussian", "sampling_prob": 1.0, "noise_multiplier": 12.0, "count": 1}
+    plan["releases"].insert(1, {"name": "frequency", "event": event, "epsilon_alone": 0.3})
+    (run / "plan.json").write_text(json.dumps(plan))
+    write_table(run / "frequency" / "images.parquet", [0, 1, 2])
+    return run
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.3, 2.7), (-5, 5), (0, 60000), (9.99, 10.01), (2, 2), (0, 0), (1e-7, 3e-7)]
-)
-def test_ticks_are_few_and_span_the_range(low, high):
-    found = figures.ticks(low, high)
-    assert 2 <= len(found) <= 7 or low == high
-    assert found[0] <= low + 1e-12
-    assert found[-1] >= high - 1e-12
-    assert found == sorted(set(found))
+def test_a_second_easy_stage_is_shown_with_its_images(frequency_run):
+    page = Page(render(frequency_run, internal=False))
+    labels = [a["aria-label"] for _, a in page.tags if a.get("role") == "img"]
+    assert "1 images of the easy stage's generator of class zero" in labels
+    assert any("Mean embeddings (easy stage): to epsilon" in label for label in labels)
 
 
-def test_chart_keeps_the_ends_and_thins_the_middle():
-    points = [(step, float(step % 7)) for step in range(5001)]
-    svg = figures.line_chart(points, "Loss & more", "nats")
-    drawn = re.search(r'points="([^"]+)"', svg).group(1).split()
-    assert len(drawn) < 400
-    assert float(drawn[0].split(",")[0]) == figures.LEFT
-    assert float(drawn[-1].split(",")[0]) == figures.WIDTH - figures.RIGHT
-    assert "Loss &amp; more" in svg
-    assert "at step 5000; lowest 0, highest 6 nats" in svg
+def test_charts_are_files_too_and_the_same_as_on_the_page(run):
+    html = write_report(run).read_text()
+    files = sorted(path.name for path in (run / "figures").iterdir())
+    assert files == ["budget.svg", "epsilon_by_step.svg", "noise_by_share.svg", "trade_off.svg"]
+    for name in files:
+        root = ElementTree.parse(run / "figures" / name).getroot()
+        title, description = root[0].text, root[1].text
+        assert f'aria-label="{escape(f"{title}. {description}")}"' in html
+
+
+def test_the_guess_is_the_same_in_the_table_and_in_words(run):
+    text = Page(render(run, internal=False)).text
+    assert len(set(re.findall(r"([\d.]+ %)(?: of cases|\s+Private records)", text))) == 1
 
 
 def test_only_the_first_twenty_classes_and_ten_images_are_shown(tmp_path, write_table):
     write_table(tmp_path / "part-00000.parquet", list(range(30)) * 12)
-    strips = figures.class_strips(tmp_path, [f"c{k}" for k in range(30)], "images")
+    strips = class_strips(tmp_path, [f"c{k}" for k in range(30)], "images")
     assert [strip["name"] for strip in strips] == [f"c{k}" for k in range(20)]
     assert all(len(strip["sources"]) == 10 for strip in strips)
-    assert figures.class_strips(tmp_path / "missing", ["a"], "images") == []
+    assert class_strips(tmp_path / "missing", ["a"], "images") == []

@@ -1,0 +1,149 @@
+"""What the synthetic images are worth: runs an experiment with several seeds and writes one row for each.
+
+    python benchmarks/quality.py mnist_cpu --set data.path=FOLDER privacy.epsilon=1 --seeds 3
+    python benchmarks/quality.py mnist_cpu --set data.path=FOLDER privacy.epsilon=1 'curriculum=[]' --seeds 3    # DPDM
+    python benchmarks/quality.py --table        # the rows of docs/quality.jsonl as Markdown
+    python benchmarks/quality.py --quick        # the digits, one seed, a short schedule; keeps no row
+
+EXPERIMENT is a name in e2h/conf/experiment, or `demo` for the defaults. A call that was stopped goes on where it was:
+runs lie in --storage, and a seed whose row is there is not run again. `--alone` runs in this process, without Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.experiments import configured
+
+from e2h.config import Config, run_name
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "docs" / "quality.jsonl"
+QUICK = ["finetune.num_steps=6", "warmup.num_steps=40", "sampling.num_images=200", "evaluation.cnn_epochs=2"]
+CLASSIFIERS = ("logistic_regression", "mlp", "cnn")
+# Where a run lies and on what it runs: two rows that differ in nothing else are of one experiment.
+ELSEWHERE = ("data.path", "scaling", "run", "seed", "privacy.secret")
+
+
+def measure(experiment: str, overrides: Sequence[str], seed: int, storage: Path, alone: bool) -> dict[str, Any]:
+    """Runs one seed, or what is left of it, and returns its row."""
+    config = configured(experiment, [*overrides, f"seed={seed}", f"run.storage={storage}"])
+    begun = time.monotonic()
+    if alone:
+        from e2h.api import run
+
+        run(config)
+    else:
+        words = [*([] if experiment == "demo" else [f"experiment={experiment}"]), *overrides]
+        program = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *words]
+        subprocess.run([*program, f"seed={seed}", f"run.storage={storage}"], check=True)
+    found = row(experiment, overrides, config, storage)
+    return {**found, "minutes": round((time.monotonic() - begun) / 60, 1), "hardware": hardware(config, alone)}
+
+
+def row(experiment: str, overrides: Sequence[str], config: Config, storage: Path) -> dict[str, Any]:
+    """What a finished run says of itself; the data are public, and so may its accuracies be."""
+    root = storage / run_name(config)
+    found, plan = (json.loads((root / name).read_text()) for name in ("evaluation.json", "plan.json"))
+    return {
+        "experiment": experiment,
+        "overrides": [one for one in overrides if not one.startswith(ELSEWHERE)],
+        "seed": config.seed,
+        "data": config.data.name,
+        "curriculum": config.curriculum,
+        "epsilon": config.privacy.epsilon,
+        "epsilon_spent": plan["epsilon"],
+        "delta": plan["delta"],
+        "accuracy": {name: one["accuracy"] for name, one in found["downstream"].items()},
+        "worst_class": {name: min(one["per_class"].values()) for name, one in found["downstream"].items()},
+        "frechet": found["frechet"]["distance"],
+        "fid": (found["inception"] or {}).get("fid"),
+        "num_synthetic": found["num_synthetic"],
+        "num_real_test": found["num_real_test"],
+        "torch": torch.__version__,
+    }
+
+
+def hardware(config: Config, alone: bool) -> str:
+    workers = 1 if alone else config.scaling.num_workers
+    if config.scaling.use_gpu or (alone and torch.cuda.is_available()):
+        return f"{workers} x {torch.cuda.get_device_name()}"
+    cores = min(workers, os.cpu_count() or 1)
+    return f"{cores} CPU core{'s' * (cores > 1)}"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key(one: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Rows of one experiment differ in their seeds alone."""
+    return one["experiment"], tuple(one["overrides"]), one["hardware"]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line for each experiment, mean and sample deviation over its seeds."""
+    lines = ["| experiment | easy stages | epsilon | LR | MLP | CNN | seeds | minutes a run, hardware |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---|")
+    for name in dict.fromkeys(map(key, rows)):
+        same = [one for one in rows if key(one) == name]
+        first, minutes = same[0], statistics.mean(one["minutes"] for one in same)
+        accuracies = [_spread([one["accuracy"][kind] for one in same]) for kind in CLASSIFIERS]
+        settings = " ".join(["`" + first["experiment"], *first["overrides"]]) + "`"
+        stages, epsilon = ", ".join(first["curriculum"]) or "none", f"{first['epsilon']:g}"
+        cells = [settings, stages, epsilon, *accuracies, str(len(same)), f"{minutes:.0f}, {first['hardware']}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", default="demo", help="in e2h/conf/experiment, or demo")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as for jobs/pipeline.py")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
+    parser.add_argument("--storage", type=Path, default=Path("runs") / "quality", help="where the runs lie")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where the rows go")
+    parser.add_argument("--alone", action="store_true", help="in this process, without Ray")
+    parser.add_argument("--table", action="store_true", help="print the rows as a table, and run nothing")
+    parser.add_argument("--quick", action="store_true", help="a short schedule on the digits; keeps no row")
+    given = parser.parse_args()
+    if given.table:
+        print(table(read_rows(given.rows)))
+    elif given.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            print(table([measure("demo", QUICK, 0, Path(folder), given.alone)]))
+    else:
+        run_seeds(given)
+
+
+def run_seeds(given: argparse.Namespace) -> None:
+    """Runs the seeds that have no row yet, and prints the table of all of them."""
+    wanted = [one for one in given.set if not one.startswith(ELSEWHERE)]
+    for seed in range(given.seeds):
+        known = [one for one in read_rows(given.rows) if one["overrides"] == wanted and one["seed"] == seed]
+        if any(one["experiment"] == given.experiment for one in known):
+            continue
+        found = measure(given.experiment, given.set, seed, given.storage, given.alone)
+        with open(given.rows, "a") as file:
+            file.write(json.dumps(found) + "\n")
+    print(table([one for one in read_rows(given.rows) if one["experiment"] == given.experiment]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The easy stages on Ray: one pass over the data each (`e2h.curriculum.easy`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ray
+
+from e2h.config import Config
+from e2h.curriculum import easy
+from e2h.curriculum.run import Run
+from e2h.data.images import decode
+from e2h.data.remote import Place
+from e2h.data.storage import Prepared
+from e2h.distributed import datasets
+from e2h.distributed.capacity import await_nodes
+from e2h.distributed.console import say
+from e2h.privacy.plan import PrivacyPlan
+from e2h.reporting.metrics import MetricWriter
+
+
+def release_easy_stages(run: Run, prepared: Prepared, plan: PrivacyPlan) -> None:
+    """What the curriculum begins with, each an event of its own, in its order."""
+    for stage in run.config.curriculum:
+        release_easy_stage(run, prepared, plan, stage)
+
+
+def release_easy_stage(run: Run, prepared: Prepared, plan: PrivacyPlan, stage: str) -> None:
+    """Makes one easy stage, unless it is done."""
+    if not run.done(stage):
+        await_nodes(run.config.scaling, run.root)
+        easy.release_easy_stage(
+            run,
+            prepared,
+            plan,
+            stage,
+            lambda query, domain: datasets.query_sums(run, prepared, query, stage, domain),
+            # On any node, although the caller may be a trial of Tune, whose own resources have no processor.
+            lambda work: ray.get(ray.remote(scheduling_strategy="DEFAULT")(_call).remote(work)),
+        )
+        show_picture(run, f"{stage}/grid", run.easy(stage) / "grid.png")
+    say(stage, f"{_told(run.config, stage)} ({stage}/grid.png)")
+
+
+def _call(work: Callable[[], easy.Images]) -> easy.Images:
+    return work()
+
+
+def show_picture(run: Run, metric: str, path: Place) -> None:
+    """A picture of releasable images in TensorBoard."""
+    with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
+        metrics.image(metric, decode(path.read_bytes()), 0)
+
+
+def _told(config: Config, stage: str) -> str:
+    if stage == "central":
+        return f"{config.central.num_rounds} noisy {config.central.query} images a class released"
+    return f"noisy mean embeddings released; {config.frequency.num_images} images from a generator fitted to them"

@@ -1,0 +1,38 @@
+"""Recommends an expected batch and a number of DP-SGD steps: for scaling.hours on scaling.num_workers machines like
+this one, or, without hours, for the work that the settings ask for. No image is read, and nothing is spent.
+
+python jobs/plan.py data=mnist data.path=FOLDER privacy.epsilon=1 scaling.hours=1
+"""
+
+from entry import DONE, configured
+
+from e2h.config import Config
+
+
+def plan(config: Config) -> int:
+    from e2h.curriculum.speed import gradients_per_second
+    from e2h.distributed.console import say
+    from e2h.distributed.preflight import preflight
+    from e2h.privacy.schedule import explained, recommended, schedules, table
+
+    source = preflight(config)
+    num_records = config.data.num_records or source.num_train
+    gradients: float = config.finetune.num_steps * config.finetune.expected_batch_size
+    if config.scaling.hours is not None:
+        draws, workers = config.finetune.noise_multiplicity, config.scaling.num_workers
+        speed = gradients_per_second(config, len(source.class_names)) * workers
+        gradients = speed * config.scaling.hours * 3600
+        say("speed", f"{speed:.0f} gradients/s of {draws} draws each on {workers} workers like this machine")
+    found = schedules(config, num_records, gradients)
+    best = recommended(found)
+    target = f"epsilon {config.privacy.epsilon:g} at delta {config.privacy.delta:g}"
+    say("plan", f"N {num_records}, {target}, {gradients:.3g} gradients")
+    for line in table(found, best):
+        say("", line)
+    say("advice", explained(found, best))
+    say("", f"finetune.expected_batch_size={best.expected_batch_size} finetune.num_steps={best.num_steps}")
+    return DONE
+
+
+if __name__ == "__main__":
+    configured(plan)
