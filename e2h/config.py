@@ -22,7 +22,7 @@ class DataConfig:
     """The sensitive images and what is publicly known of them."""
 
     name: str = "digits"  # part of the run's default name
-    source: str = "digits"  # one of SOURCES
+    source: str = "digits"  # digits | idx | cifar | image_folder | parquet
     path: str | None = None  # local path, s3://, gs://; none for digits
     image_size: int = 8  # pixels; images are square
     channels: int = 1  # 1 grey, 3 colour
@@ -138,8 +138,7 @@ class SamplingConfig:
     churn: float = 0.0
     churn_min: float = 0.05
     churn_max: float = 50.0
-    ema_widths: list[float] = field(default_factory=list)  # relative widths of averages made afterwards; several: the
-    # one whose images lie nearest to the central images is taken; none: the average of finetune.ema_decay
+    ema_widths: list[float] = field(default_factory=list)  # of averages made after training; none: ema_decay
     class_fractions: list[float] | None = None  # none: uniform; else public shares in class order
     images_per_shard: int = 500
     dtype: str = "float32"  # float32 | bfloat16 (autocast of the network; the sampler's own sums stay float64)
@@ -186,7 +185,7 @@ class LedgerConfig:
 class ProxyConfig:
     """Public or synthetic images that stand in for the sensitive ones in `search.privacy=proxy`."""
 
-    source: str | None = None  # one of SOURCES; or central: the released central images; or release: an earlier one
+    source: str | None = None  # one as data.source; central: the released central images; release: an earlier one
     path: str | None = None  # where they lie, as data.path; of a release its folder; none for central
     image_column: str = "image"
     label_column: str | None = "label"
@@ -226,7 +225,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    curriculum: list[str] = field(default_factory=lambda: ["central"])  # easy stages in order: any of STAGES, or none
+    curriculum: list[str] = field(default_factory=lambda: ["central"])  # easy stages, of central and frequency
     central: CentralConfig = field(default_factory=CentralConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)  # on central images
     frequency: FrequencyConfig = field(default_factory=FrequencyConfig)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -13,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from usage import usage
 
 from e2h.binding import differences
 from e2h.config import Config, expect
@@ -42,6 +44,9 @@ def configured(action: Callable[[Config], int]) -> None:
     0 done; 2 bad configuration or input; 3 the privacy budget refuses; 1 anything else (one line, and
     the tracebacks in the run's `failure.txt`; outside a run with its traceback).
     """
+    if {"-h", "--help"} & set(sys.argv):
+        print(usage(f"jobs/{Path(sys.argv[0]).name}", sys.modules["__main__"].__doc__ or ""))
+        sys.exit(DONE)
     code = DONE
     ConfigStore.instance().store("schema", Config)
 

@@ -94,7 +94,7 @@ def _benchmark(words: Sequence[str]) -> None:
 
 def _job(words: Sequence[str]) -> None:
     """Its file exists, and its settings compose to a valid configuration; for a search, to one that is allowed."""
-    settings = [word for word in words[2:] if word not in ("--cfg", "job", "--resolve")]
+    settings = [word for word in words[2:] if word not in ("--cfg", "job", "--resolve", "--help")]
     if not (ROOT / words[1]).is_file():
         raise RefusedError(f"{words[1]}: no such job")
     config = check_job([words[1], *settings])
