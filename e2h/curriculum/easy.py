@@ -45,7 +45,6 @@ def release_easy_stage(
         sums_of(query, domain).
       elsewhere: runs what takes minutes of a processor, e.g. on another machine.
     """
-    run.easy(stage).mkdir(exist_ok=True, mode=0o700)
     if stage == "central":
         _central(run, prepared, plan, sums_of)
     else:
@@ -100,7 +99,9 @@ def _released(run: Run, prepared: Prepared, query: Query, stage: str, sums_of: S
     event = query.event
     domain = run.domain(event.to_json(), prepared.manifest.digest, machine())
     run.ledger.spend(stage, event, domain, 0, event.count)
-    return query.release(sums_of(query, domain), derive_key(run.secret(), f"{stage}/noise", domain))
+    sums = sums_of(query, domain)
+    run.easy(stage).mkdir(exist_ok=True, mode=0o700)
+    return query.release(sums, derive_key(run.secret(), f"{stage}/noise", domain))
 
 
 def mask_key(run: Run, stage: str, domain: str) -> bytes:
