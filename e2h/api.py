@@ -19,13 +19,12 @@ import yaml
 from numpy.typing import NDArray
 
 from e2h.config import Config, expect, warmups
+from e2h.curriculum.listing import listed, public_records
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.data.exports import read_hf_parquet
-from e2h.data.records import Source
 from e2h.data.remote import Place
-from e2h.data.sources import open_source
 from e2h.errors import InputError
-from e2h.privacy.plan import PrivacyPlan, check_batch, make_plan
+from e2h.privacy.plan import PrivacyPlan, make_plan
 from e2h.reporting.check import check
 from e2h.reporting.recompute import read_ledger, recompute, stated_epsilon
 from e2h.reporting.status_line import StatusLine
@@ -57,8 +56,8 @@ def plan(settings: Settings = None) -> PrivacyPlan:
     True
     """
     config = _of_one_run(settings)
-    source = _listed(config)
-    made = make_plan(config, _num_records(config, source), source.class_names)
+    source = listed(config)
+    made = make_plan(config, public_records(config, source), source.class_names)
     return Run(run_root(config), config).shared_plan(made)
 
 
@@ -86,7 +85,7 @@ def run(settings: Settings = None, progress: Progress | None = None) -> Place:
 
     config = _of_one_run(settings)
     expect(not config.dry_run, "dry_run", True, "false: e2h.plan() plans")
-    _listed(config)
+    listed(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with StatusLine() as line, open_run(config) as opened:
         _all_stages(opened, device, progress or line)
@@ -248,17 +247,3 @@ def _of_one_run(settings: Settings) -> Config:
     mode = config.search.privacy
     expect(mode is None, "search.privacy", mode, "none: jobs/search.py searches")
     return config
-
-
-def _listed(config: Config) -> Source:
-    """Lists the data, so that what can be refused is refused in a second."""
-    source = open_source(config.data)
-    check_batch(config, _num_records(config, source))
-    fractions, classes = config.sampling.class_fractions, len(source.class_names)
-    one_each = fractions is None or len(fractions) == classes
-    expect(one_each, "sampling.class_fractions", fractions, f"{classes} shares, one a class")
-    return source
-
-
-def _num_records(config: Config, source: Source) -> int:
-    return config.data.num_records or source.num_train

@@ -10,13 +10,13 @@ from e2h.config import Config
 
 
 def plan(config: Config) -> int:
+    from e2h.curriculum.listing import listed, public_records
     from e2h.curriculum.speed import gradients_per_second
     from e2h.distributed.console import say
-    from e2h.distributed.preflight import preflight
     from e2h.privacy.schedule import explained, recommended, schedules, table
 
-    source = preflight(config)
-    num_records = config.data.num_records or source.num_train
+    source = listed(config)
+    num_records = public_records(config, source)
     gradients: float = config.finetune.num_steps * config.finetune.expected_batch_size
     if config.scaling.hours is not None:
         draws, workers = config.finetune.noise_multiplicity, config.scaling.num_workers

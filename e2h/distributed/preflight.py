@@ -7,37 +7,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from e2h.config import Config, expect
+from e2h.config import Config
+from e2h.curriculum.listing import listed, public_records
 from e2h.curriculum.run import Run, check_binding
 from e2h.curriculum.search import candidates
 from e2h.curriculum.search_plan import SearchPlan, plan_search, price_list
 from e2h.data.filesystem import write_bytes
-from e2h.data.records import Source
 from e2h.data.remote import Place
-from e2h.data.sources import open_source
 from e2h.distributed.console import say, show_plan
-from e2h.privacy.plan import PrivacyPlan, check_batch, make_plan
-
-
-def preflight(config: Config) -> Source:
-    """Looks at the source before Ray starts or a file is written: what can be refused is refused in a second.
-
-    Raises:
-      InputError: if the data can't be listed, or the expected batch is larger than N.
-    """
-    source = open_source(config.data)
-    check_batch(config, config.data.num_records or source.num_train)
-    fractions, classes = config.sampling.class_fractions, len(source.class_names)
-    one_each = fractions is None or len(fractions) == classes
-    expect(one_each, "sampling.class_fractions", fractions, f"{classes} shares, one a class")
-    return source
+from e2h.privacy.plan import PrivacyPlan, make_plan
 
 
 def dry_run(config: Config, root: Place) -> PrivacyPlan:
     """Plans without data, Ray, or spending: writes `plan.json` and prints it."""
     check_binding(root, config)
-    source = preflight(config)
-    num_records = config.data.num_records or source.num_train
+    source = listed(config)
+    num_records = public_records(config, source)
     run = Run(root, config)
     plan = run.shared_plan(make_plan(config, num_records, source.class_names))
     content = plan.to_json()
@@ -52,8 +37,8 @@ def dry_run(config: Config, root: Place) -> PrivacyPlan:
 def search_dry_run(config: Config, root: Place) -> None:
     """Plans a search without data, Ray, or spending: `plan.json`, and what each way of searching would cost."""
     check_binding(root, config)
-    source = preflight(config)
-    num_records = config.data.num_records or source.num_train
+    source = listed(config)
+    num_records = public_records(config, source)
     if config.search.privacy == "proxy":
         dry_run(config, root)
         rows = price_list(config, num_records)

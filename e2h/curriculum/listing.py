@@ -1,0 +1,32 @@
+"""The private images as a list, before any is read: what can be refused is refused in a second, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from e2h.config import Config, expect
+from e2h.data.records import Source
+from e2h.data.sources import open_source
+from e2h.privacy.plan import check_batch
+
+
+def listed(config: Config) -> Source:
+    """Looks at the source, and at what else a run will need; nothing is written.
+
+    Raises:
+      InputError: if the data can't be listed, the expected batch is larger than N, or a file is missing.
+    """
+    source = open_source(config.data)
+    check_batch(config, public_records(config, source))
+    fractions, classes = config.sampling.class_fractions, len(source.class_names)
+    one_each = fractions is None or len(fractions) == classes
+    expect(one_each, "sampling.class_fractions", fractions, f"{classes} shares, one a class")
+    weights = config.evaluation.inception_weights
+    there = weights is None or Path(weights).is_file()
+    expect(there, "evaluation.inception_weights", weights, "a file that this and the evaluating machine can read")
+    return source
+
+
+def public_records(config: Config, source: Source) -> int:
+    """N as it is declared, or the number of listed training records."""
+    return config.data.num_records or source.num_train
