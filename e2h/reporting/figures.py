@@ -77,9 +77,10 @@ class Drawing(NamedTuple):
         words = escape(f"{self.title}. {self.description}")
         return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1))
 
-    def file(self) -> bytes:
-        """As an SVG file."""
-        words = f"<title>{escape(self.title)}</title><desc>{escape(self.description)}</desc>"
+    def file(self, warning: str | None = None) -> bytes:
+        """As an SVG file; with a warning where its figures are of a run that is not private."""
+        description = f"{warning}. {self.description}" if warning else self.description
+        words = f"<title>{escape(self.title)}</title><desc>{escape(description)}</desc>"
         head, rest = self.svg.split(">", 1)
         return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{words}{rest}'.encode()
 

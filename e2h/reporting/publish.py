@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from e2h.config import NOT_PRIVATE
 from e2h.errors import InputError
 from e2h.reporting import facts
 from e2h.reporting.card import card
@@ -71,7 +72,8 @@ def _build(run_dir: Path, target: Path, ledger_head: tuple[int, str] | None) -> 
     _write(target / "config.yaml", yaml.safe_dump(public_config(config), sort_keys=False))
     _write(target / "report.html", render(run_dir, internal=False))
     for chart, drawing in released_figures(run_dir).items():
-        _write(target / "figures" / f"{chart}.svg", drawing.file().decode())
+        warned = drawing.file(NOT_PRIVATE if plan["not_private"] else None)
+        _write(target / "figures" / f"{chart}.svg", warned.decode())
     _copy(weights, target / "model.safetensors")
     _copy(grid, target / "grid.png")
     for path in tables:

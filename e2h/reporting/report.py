@@ -71,10 +71,11 @@ def write_report(run_dir: Path) -> Path:
     Returns:
       The path of the report.
     """
-    path = run_dir / "report.html"
+    path, plan = run_dir / "report.html", facts.read_json(run_dir / "plan.json")
+    warning = NOT_PRIVATE if plan["not_private"] else None
     (run_dir / "figures").mkdir(exist_ok=True)
     for name, drawing in released_figures(run_dir).items():
-        filesystem.write_bytes(run_dir / "figures" / f"{name}.svg", drawing.file())
+        filesystem.write_bytes(run_dir / "figures" / f"{name}.svg", drawing.file(warning))
     filesystem.write_bytes(path, render(run_dir, internal=True).encode())
     return path
 

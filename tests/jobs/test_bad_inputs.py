@@ -179,7 +179,7 @@ def test_alien_checkpoint_is_refused_and_not_executed(run_job: Job, tmp_path: Pa
             return os.system, (f"touch {witness}",)
 
     (checkpoints / "finetune-00000004.pt").write_bytes(pickle.dumps(Evil()))
-    refused(run_job("train", *SMALL, "run.name=r"), "finetune-00000004.pt")
+    refused(run_job("train", *SMALL, "run.name=r", "scaling.max_failures=0"), "finetune-00000004.pt")
     assert not witness.exists()
 
 
