@@ -169,7 +169,7 @@ def test_the_core_imports_and_trains_without_ray_and_hydra(tmp_path):
     packages = "for package in ('privacy', 'diffusion', 'curriculum'): import_all('e2h.' + package)\n"
     run_file = f"import runpy\nrunpy.run_path({str(ROOT / 'tests' / 'core_alone.py')!r}, run_name='__main__')"
     printed = run_without("ray hydra omegaconf", IMPORT_ALL + packages + run_file, str(tmp_path))
-    assert printed.split() == ["central", "5", "finetune", "4", "images", "6"]
+    assert printed.split() == ["central", "5", "frequency", "1", "finetune", "4", "images", "6"]
 
 
 def test_only_declared_metrics_reach_tensorboard_and_none_reaches_ray():
