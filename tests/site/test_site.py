@@ -66,7 +66,7 @@ def test_every_document_and_notebook_is_a_page_that_all_others_name(site):
 
 def test_every_link_leads_somewhere(site):
     assert dead_ends(site) == []
-    assert "files/e2h/config.py.html" in Links(site / "guide.html").links
+    assert "files/e2h/privacy/plan.py.html" in Links(site / "index.html").links
     assert "cluster.html" in Links(site / "index.html").links
 
 
