@@ -80,7 +80,7 @@ def await_step(storage: Path, driver: subprocess.Popen[bytes], size: int, step: 
     return pid
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_a_group_that_grows_and_shrinks_makes_the_bits_of_a_fixed_one(tmp_path):
     storage, gates = tmp_path / "elastic", {"1-2": "killed", "2-4": "killed"}
     with cluster(num_nodes=1) as made, training(made, storage, (1, 2), gates) as driver:

@@ -184,7 +184,7 @@ def test_alien_checkpoint_is_refused_and_not_executed(run_job: Job, tmp_path: Pa
 
 
 @pytest.mark.ray
-@pytest.mark.long
+@pytest.mark.chaos
 def test_full_disk_is_one_line_and_the_same_command_goes_on(run_job: Job, tmp_path: Path) -> None:
     small_disk = tmp_path / "disk"
     small_disk.mkdir()

@@ -23,7 +23,7 @@ SHARED = (*SMALL, "ledger.scope=dataset", "ledger.epsilon=1.2")
 
 
 @pytest.mark.ray
-@pytest.mark.long
+@pytest.mark.chaos
 def test_a_second_run_that_fits_is_planned_and_one_that_does_not_is_refused(run_job: Job, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for _ in range(2):  # the second call resumes: it holds nothing more
