@@ -9,6 +9,7 @@ A profile is named by its width: the standard deviation of t under it, relative 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ WIDTHS = (0.05, 0.10)  # of the two averages that are kept
 Weights = dict[str, Tensor]
 
 
+@functools.cache  # asked for at every step
 def exponent(width: float) -> float:
     """g of the profile t^g on [0, 1] with this standard deviation, in (0, 0.28]: (g+1) / ((g+2)^2 (g+3)) = width^2."""
     w2 = width**-2

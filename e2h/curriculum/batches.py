@@ -69,32 +69,39 @@ def make_batch(
       images float32 in [-1, 1], [B, C, H, W] or, where draws are augmented, [B, K, C, H, W]; labels int64 [B]; sigma
       [B, K]; noise [B, K, C, H, W].
     """
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+    shape = (images.shape[3], *images.shape[1:3])
     sigma, noise, dropped, augmented = [], [], [], []
-    for pixel, seed in zip(pixels, seeds, strict=True):
+    for image, seed in zip(images, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
         dropped.append(torch.rand((), generator=generator) < label_dropout)
         sigma.append(draw_noise_levels((num_draws,), generator))
-        noise.append(torch.randn((num_draws, *pixels.shape[1:]), generator=generator))
+        noise.append(torch.randn((num_draws, *shape), generator=generator))
         if max_shift or flip:
-            augmented.append(augment(pixel, num_draws, max_shift, flip, generator))
+            augmented.append(augment(image, num_draws, max_shift, flip, generator))
     kept = torch.from_numpy(labels.astype(np.int64))
     missing = torch.stack(dropped) | (kept < 0)
     kept = torch.where(missing, torch.tensor(no_label), kept)
-    pixels = torch.stack(augmented) if augmented else pixels
+    seen = torch.from_numpy(np.stack(augmented) if augmented else images)
+    pixels = seen.movedim(-1, -3).float().div_(127.5).sub_(1.0).contiguous()
     return {"images": pixels, "labels": kept, "sigma": torch.stack(sigma), "noise": torch.stack(noise)}
 
 
-def augment(image: Tensor, num_draws: int, max_shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """[K, C, H, W]: copies of `image` [C, H, W], each shifted and mirrored by chance."""
+def augment(image: np.ndarray, num_draws: int, max_shift: int, flip: bool, generator: torch.Generator) -> np.ndarray:
+    """[K, H, W, C]: copies of `image` [H, W, C], each shifted and mirrored by chance."""
     offsets = torch.randint(-max_shift, max_shift + 1, (num_draws, 2), generator=generator).tolist()
-    mirrored = torch.rand(num_draws, generator=generator) < 0.5 if flip else torch.zeros(num_draws, dtype=torch.bool)
-    copies = []
-    for (down, right), mirror in zip(offsets, mirrored.tolist(), strict=True):
-        rows = (torch.arange(image.shape[1]) - down).clamp(0, image.shape[1] - 1)
-        columns = (torch.arange(image.shape[2]) - right).clamp(0, image.shape[2] - 1)
-        copies.append(image[:, rows][:, :, columns.flip(0) if mirror else columns])
-    return torch.stack(copies)
+    mirrored = (torch.rand(num_draws, generator=generator) < 0.5).tolist() if flip else [False] * num_draws
+    copies = (shift(image, *offset) for offset in offsets)
+    return np.stack([copy[:, ::-1] if mirror else copy for copy, mirror in zip(copies, mirrored, strict=True)])
+
+
+def shift(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """The image [H, W, C] moved by whole pixels, its border repeated."""
+    if down == 0 and right == 0:
+        return image
+    height, width = image.shape[:2]
+    rows = np.clip(np.arange(height) - down, 0, height - 1)
+    columns = np.clip(np.arange(width) - right, 0, width - 1)
+    return image[rows][:, columns]
 
 
 def work_units(num_items: int, size: int, rank: int, num_workers: int) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e2h.binding import digest
 from e2h.config import WarmupConfig
-from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
+from e2h.curriculum.batches import addressed_seeds, make_batch, shift, work_units
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.workers import Workers, on_grid
 from e2h.diffusion.losses import micro_batch_loss
@@ -95,13 +95,3 @@ def _step(
         gradients.append(on_grid(torch.autograd.grad(losses.sum() / warmup.batch_size, parameters)))
         means.append(float(losses.detach().mean()))
     return float(np.mean(means)) if means else 0.0, gradients
-
-
-def shift(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """The image [H, W, C] moved by whole pixels, its border repeated."""
-    if down == 0 and right == 0:
-        return image
-    height, width = image.shape[:2]
-    rows = np.clip(np.arange(height) - down, 0, height - 1)
-    columns = np.clip(np.arange(width) - right, 0, width - 1)
-    return image[rows][:, columns]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import ray
-
 from e2h.config import Config
 from e2h.curriculum import easy
 from e2h.curriculum.run import Run
@@ -15,6 +11,7 @@ from e2h.data.storage import Prepared
 from e2h.distributed import datasets
 from e2h.distributed.capacity import await_nodes
 from e2h.distributed.console import say
+from e2h.distributed.nodes import on_any_node
 from e2h.privacy.plan import PrivacyPlan
 from e2h.reporting.metrics import MetricWriter
 
@@ -35,15 +32,10 @@ def release_easy_stage(run: Run, prepared: Prepared, plan: PrivacyPlan, stage: s
             plan,
             stage,
             lambda query, domain: datasets.query_sums(run, prepared, query, stage, domain),
-            # On any node, although the caller may be a trial of Tune, whose own resources have no processor.
-            lambda work: ray.get(ray.remote(scheduling_strategy="DEFAULT")(_call).remote(work)),
+            on_any_node,
         )
         show_picture(run, f"{stage}/grid", run.easy(stage) / "grid.png")
     say(stage, f"{_told(run.config, stage)} ({stage}/grid.png)")
-
-
-def _call(work: Callable[[], easy.Images]) -> easy.Images:
-    return work()
 
 
 def show_picture(run: Run, metric: str, path: Place) -> None:

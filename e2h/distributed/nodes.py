@@ -6,7 +6,7 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from e2h.errors import InputError
 
+Answer = TypeVar("Answer")
 HEAD = "node:__internal_head__"  # the resource by which Ray marks the head node
 
 
@@ -44,6 +45,17 @@ def on_node(node_id: str, work: Callable[[], Any]) -> ray.ObjectRef:
     """Runs `work` on that very node, besides what it is busy with."""
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return ray.remote(num_cpus=0)(work).options(scheduling_strategy=strategy).remote()
+
+
+def on_any_node(work: Callable[[], Answer]) -> Answer:
+    """What `work` returns, computed on any node: the caller may be a trial of Tune, whose own resources have no CPU."""
+    call: Any = ray.remote(scheduling_strategy="DEFAULT")(_call)
+    answer: Answer = ray.get(call.remote(work))
+    return answer
+
+
+def _call(work: Callable[[], Answer]) -> Answer:
+    return work()
 
 
 def check_shared(folder: Path) -> None:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from typing import Any
-
-import ray
+from functools import partial
 
 from e2h import results
 from e2h.config import expect
@@ -26,6 +23,7 @@ from e2h.distributed import datasets
 from e2h.distributed.capacity import await_nodes
 from e2h.distributed.console import say, show_plan, training_status
 from e2h.distributed.easy import show_picture
+from e2h.distributed.nodes import on_any_node
 from e2h.distributed.progress import PROGRESS_FILE
 from e2h.distributed.training import train_on_workers
 from e2h.privacy.accounting import epsilon
@@ -99,7 +97,7 @@ def sample(run: Run) -> None:
 def settle_weights(run: Run) -> None:
     """Chooses the average to sample from, and forgets images that a stopped call made from other weights."""
     if run.config.sampling.ema_widths:
-        ray.get(ray.remote(scheduling_strategy="DEFAULT")(choose_average).remote(run))
+        on_any_node(partial(choose_average, run))
     forget_images_of_other_weights(run)
 
 
@@ -107,13 +105,9 @@ def evaluate(run: Run) -> None:
     """Train on synthetic, test on real: sensitive, for the data's owner only."""
     if not run.config.evaluation.enabled:
         return
-    result = results.evaluate(run, lambda work: ray.get(ray.remote(_call).remote(work)))
+    result = results.evaluate(run, on_any_node)
     accuracies = ", ".join(f"{name} {value['accuracy']:.3f}" for name, value in result["downstream"].items())
     say("evaluate", f"accuracy on {result['num_real_test']} real test images: {accuracies} (sensitive)")
-
-
-def _call(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return work()
 
 
 def publish(run: Run) -> Place:

@@ -86,8 +86,8 @@ def as_on(plan: PrivacyPlan, num_records: int, class_names: Sequence[str], confi
 
 
 def _scaled(release: Release, share: float) -> Release:
-    """For `share` times as many records; a query over all of them gets noise of the same size beside their sum."""
+    """For a set `1 / share` times as large; mean embeddings are of all its records, so their noise grows with it."""
     event = release.event
-    if event.sampling_prob == 1:
+    if release.name == "frequency":
         return replace(release, event=replace(event, noise_multiplier=event.noise_multiplier / share))
     return replace(release, event=replace(event, sampling_prob=min(1.0, event.sampling_prob * share)))

@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 
 from e2h.curriculum.machine import machine
 from e2h.curriculum.notes import describe
@@ -33,6 +33,7 @@ from e2h.data.remote import Place
 from e2h.data.storage import Prepared, iter_batches, open_prepared
 from e2h.distributed import datasets
 from e2h.distributed.easy import release_easy_stage
+from e2h.distributed.nodes import on_any_node
 from e2h.distributed.stages import settle_weights
 from e2h.distributed.training import train_on_workers
 from e2h.evaluation.downstream import fit
@@ -80,9 +81,7 @@ def _score_after(search: Run, run: Run, trial: Trial, share: float) -> Score:
     train_on_workers(run, release, max(1, round(share * release.event.count)))
     settle_weights(run)
     datasets.synthesize(run, num_shards(run.config.sampling))
-    # Not among Tune's own resources for the trial, which have no processor.
-    score = ray.remote(scheduling_strategy="DEFAULT")(_score)
-    return ray.get(score.remote(search, run, trial, share))
+    return on_any_node(partial(_score, search, run, trial, share))
 
 
 def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:

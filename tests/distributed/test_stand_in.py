@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from e2h.config import DataConfig
+from e2h.config import Config, DataConfig
 from e2h.data.exports import write_hf_parquet
 from e2h.data.prepare import finish_prepared, prepare_shard
 from e2h.data.sources import open_source
 from e2h.data.storage import load_split, open_prepared
-from e2h.distributed.stand_in import repeated
+from e2h.distributed.stand_in import as_on, repeated
+from e2h.privacy.plan import make_plan
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
 
@@ -43,3 +44,16 @@ def test_enough_images_and_those_known_by_their_files_stay_as_they_are(tmp_path)
     source = open_source(data)
     assert repeated(source, data, source.num_train) is source
     assert repeated(source, replace(data, source="image_folder"), 1000) is source
+
+
+def test_on_a_larger_set_batches_and_the_noise_beside_a_mean_stay_as_large():
+    config = Config(curriculum=["central", "frequency"])
+    config.finetune.expected_batch_size = 1523  # all records: its sampling probability is 1
+    config.central.noise_multiplier = config.frequency.noise_multiplier = 20.0
+    plan = make_plan(config, 1523, list("0123456789"))
+    there = as_on(plan, 2 * 1523, list("0123456789"), config)
+    for name, times in (("central", 1.0), ("frequency", 2.0), ("finetune", 1.0)):
+        here, event = plan.release(name).event, there.release(name).event
+        assert event.noise_multiplier == times * here.noise_multiplier
+        # Twice the records: half the rate, or twice the sum under twice the noise.
+        assert event.sampling_prob == here.sampling_prob / (1.0 if name == "frequency" else 2.0)
