@@ -19,7 +19,7 @@ demo: .venv/.ready
 	@$(BIN)/python jobs/pipeline.py $(ARGS)
 
 test: .venv/.ready
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.ready
 	@$(BIN)/ruff check .

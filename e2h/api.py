@@ -101,13 +101,15 @@ def _all_stages(run: Run, device: str, tell: Progress) -> None:
     prepared = stages.prepare(run)
     tell("plan", 0, 1)
     spending = stages.calibrate(run, prepared)
-    if run.config.curriculum:
-        tell(" + ".join(run.config.curriculum), 0, 1)
-    stages.release_easy_stages(run, prepared, spending)
+    with _grids_shown(run):
+        if run.config.curriculum:
+            tell(" + ".join(run.config.curriculum), 0, 1)
+        stages.release_easy_stages(run, prepared, spending)
     tell("train", 0, 1)
     _train(run, spending, device, tell)
     tell("sample", 0, 1)
-    stages.sample(run, device)
+    with _grids_shown(run):
+        stages.sample(run, device)
     if run.config.evaluation.enabled:
         tell("evaluate", 0, 1)
         results.evaluate(run)
@@ -125,6 +127,19 @@ def _train(run: Run, spending: PrivacyPlan, device: str, tell: Progress) -> None
     if not run.done("train"):
         with MetricWriter(run.root, run.config.privacy.test_mode) as metrics, _own_threads():
             stages.train(run, spending, device, lambda stage, step: tell(stage, step, totals[stage]), metrics.scalar)
+
+
+@contextmanager
+def _grids_shown(run: Run) -> Iterator[None]:
+    """Pictures that the block makes are in TensorBoard after it."""
+    from e2h.results import show_grid
+
+    folders = {stage: stage for stage in run.config.curriculum} | {"sample": "synthetic"}
+    missing = [stage for stage in folders if not run.done(stage)]
+    yield
+    for stage in missing:
+        if run.done(stage):
+            show_grid(run, folders[stage])
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from e2h.curriculum.run import Run
 from e2h.curriculum.stages import read_or_make_plan
 from e2h.data.exports import read_hf_parquet
 from e2h.data.filesystem import copy_files, list_files, remove, write_bytes
+from e2h.data.images import decode
 from e2h.data.remote import Place
 from e2h.data.storage import Prepared, iter_batches, open_prepared
 from e2h.errors import BudgetError, InputError
@@ -64,6 +65,12 @@ def evaluate(run: Run, elsewhere: Callable[[Callable[[], Measured]], Measured] =
         write_bytes(run.evaluation, json.dumps(result, indent=2).encode())
     found: Measured = json.loads(run.evaluation.read_text())
     return found
+
+
+def show_grid(run: Run, folder: str) -> None:
+    """The picture that `central`, `frequency` or `synthetic` holds, in TensorBoard: of releasable images alone."""
+    with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
+        metrics.image(f"{folder}/grid", decode((run.root / folder / "grid.png").read_bytes()), 0)
 
 
 def _evaluate(run: Run) -> Measured:

@@ -1,4 +1,4 @@
-"""What tests of several parts share: a real S3 server."""
+"""What tests of several parts share: a real S3 server, and the order of files: the longest first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from urllib.request import Request, urlopen
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest tests begin, so that no process waits for one that began last."""
+
+    def weight(item: pytest.Item) -> int:
+        return 2 * any(item.iter_markers("long")) + any(item.iter_markers("ray"))
+
+    heaviest: dict[object, int] = {}
+    for item in items:
+        heaviest[item.path] = max(heaviest.get(item.path, 0), weight(item))
+    items.sort(key=lambda item: -heaviest[item.path])
 
 
 @pytest.fixture

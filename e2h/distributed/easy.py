@@ -5,15 +5,13 @@ from __future__ import annotations
 from e2h.config import Config
 from e2h.curriculum import easy
 from e2h.curriculum.run import Run
-from e2h.data.images import decode
-from e2h.data.remote import Place
 from e2h.data.storage import Prepared
 from e2h.distributed import datasets
 from e2h.distributed.capacity import await_nodes
 from e2h.distributed.console import say
 from e2h.distributed.nodes import on_any_node
 from e2h.privacy.plan import PrivacyPlan
-from e2h.reporting.metrics import MetricWriter
+from e2h.results import show_grid
 
 
 def release_easy_stages(run: Run, prepared: Prepared, plan: PrivacyPlan) -> None:
@@ -34,14 +32,8 @@ def release_easy_stage(run: Run, prepared: Prepared, plan: PrivacyPlan, stage: s
             lambda query, domain: datasets.query_sums(run, prepared, query, stage, domain),
             on_any_node,
         )
-        show_picture(run, f"{stage}/grid", run.easy(stage) / "grid.png")
+        show_grid(run, stage)
     say(stage, f"{_told(run.config, stage)} ({stage}/grid.png)")
-
-
-def show_picture(run: Run, metric: str, path: Place) -> None:
-    """A picture of releasable images in TensorBoard."""
-    with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
-        metrics.image(metric, decode(path.read_bytes()), 0)
 
 
 def _told(config: Config, stage: str) -> str:

@@ -22,7 +22,6 @@ from e2h.data.storage import Prepared, open_prepared
 from e2h.distributed import datasets
 from e2h.distributed.capacity import await_nodes
 from e2h.distributed.console import say, show_plan, training_status
-from e2h.distributed.easy import show_picture
 from e2h.distributed.nodes import on_any_node
 from e2h.distributed.progress import PROGRESS_FILE
 from e2h.distributed.training import train_on_workers
@@ -89,7 +88,7 @@ def sample(run: Run) -> None:
         settle_weights(run)
         datasets.synthesize(run, num_shards(run.config.sampling))
         write_synthetic_grid(run, len(facts.class_names))
-        show_picture(run, "synthetic/grid", run.synthetic / "grid.png")
+        results.show_grid(run, "synthetic")
         run.mark_done("sample")
     say("sample", f"{len(labels)} synthetic images (synthetic/grid.png)")
 

@@ -58,7 +58,6 @@ METRICS: dict[str, Metric] = {
     "finetune/noise_multiplier": Metric(_FREE, "Noise multiplier", ""),
     "finetune/learning_rate": Metric(_FREE, "Learning rate", ""),
     "synthetic/grid": Metric(_FREE, "Synthetic images", "image"),
-    "synthetic/images_per_second": Metric(_FREE, "Sampling throughput", "images/s"),
     "finetune/loss": Metric(_SECRET, "DP-SGD loss on the private images", ""),
     "finetune/clipped_fraction": Metric(_SECRET, "Share of clipped gradients", "share"),
     "finetune/mean_norm": Metric(_SECRET, "Mean gradient norm before the clip", ""),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -87,6 +89,27 @@ def test_a_stopped_call_goes_on_and_pays_nothing_twice(release, settings, told):
         "publish",
         "done",
     ]
+
+
+def test_an_alien_checkpoint_is_refused_and_not_executed(settings, tmp_path):
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("finetune", 3):
+            raise Stopped
+
+    settings = {**settings, "run.name": "alien"}
+    with pytest.raises(Stopped):
+        run(settings, stop)
+    witness = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {witness}",)
+
+    (newest,) = (Path(str(settings["run.storage"])) / "alien" / "checkpoints").glob("finetune-*.pt")
+    newest.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(InputError, match=newest.name):
+        run(settings)
+    assert not witness.exists()
 
 
 def test_a_finished_call_changes_nothing_and_prints_nothing(release, settings, capfd):
