@@ -1,4 +1,4 @@
-"""All that this project wants to know of a GPU, in one command of at most 25 minutes.
+"""What e2h costs and gives on a GPU, in one command of at most 25 minutes.
 
     python benchmarks/gpu.py --mnist FOLDER --out OUT                 # on a machine with a GPU; needs no Ray
     python benchmarks/gpu.py --mnist FOLDER --out OUT --minutes 10    # less time for each part

@@ -1,4 +1,4 @@
-"""e2h: publishable synthetic images from private ones, with a proven (epsilon, delta) guarantee.
+"""e2h: publishable synthetic images from private ones, with an (epsilon, delta) guarantee.
 
 For programs and notebooks there are five names, see `e2h.api`: `from e2h import plan, run, load_release, audit,
 recompute_epsilon`. They are loaded when they are asked for: `import e2h` alone loads nothing.

@@ -147,12 +147,13 @@ def _own_threads() -> Iterator[None]:
     """Training computes on one thread, for the sake of exact replays; the caller's number of threads comes back."""
     import torch
 
-    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    cudnn = torch.backends.cudnn
+    threads, deterministic, tf32 = torch.get_num_threads(), cudnn.deterministic, cudnn.allow_tf32
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.backends.cudnn.deterministic = deterministic
+        cudnn.deterministic, cudnn.allow_tf32 = deterministic, tf32
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,8 +234,8 @@ class Audit:
 def audit(settings: Settings = None, num_canaries: int = 2000, num_steps: int = 60) -> Audit:
     """Checks the mechanisms of a configuration against what is claimed of them; no data is read, nothing is spent.
 
-    It takes some minutes on two cores with the defaults, on two processes that it starts: a script must call it below
-    `if __name__ == "__main__":`.
+    It takes about half a minute on two cores with the defaults, on two processes that it starts: a script must call
+    it below `if __name__ == "__main__":`.
 
     Args:
       settings: see `e2h.settings.compose`; none: the demo's.

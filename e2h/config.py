@@ -13,7 +13,7 @@ from typing import Any
 from e2h.errors import InputError
 
 SOURCES = ("digits", "idx", "cifar", "image_folder", "parquet")
-STAGES = ("central", "frequency")  # easy stages that a curriculum may consist of
+EASY_STAGES = ("central", "frequency")  # that a curriculum may consist of
 WARMUPS = ("warmup", "warmup2")  # training on what the first and the second of them released
 
 
@@ -160,9 +160,11 @@ class EvaluationConfig:
 
 @dataclass
 class ScalingConfig:
-    """Performance only: nothing here can change a sample, a noise draw or epsilon."""
+    """Where a run computes and how fast: nothing here can change epsilon.
 
-    name: str = "local"
+    Fixed once private steps have begun: physical_batch_size, use_gpu.
+    """
+
     num_workers: int = 2
     min_workers: int | None = None  # elastic: train with as few, grow to num_workers; none: always num_workers
     use_gpu: bool = False
@@ -196,9 +198,7 @@ class SearchConfig:
     """Choosing settings by trials (jobs/search.py). What the choice costs is part of the one budget."""
 
     privacy: str | None = None  # proxy | selection | compose; without a default on purpose
-    space: Any = (
-        None  # {dotted key: [values]}, each equally likely; none: around warmup.num_steps, central.budget_share
-    )
+    space: Any = None  # {dotted key: [values]}, each equally likely; none: lengths and shares of the easy stages
     expected_trials: float = 8.0  # proxy, compose: their number; selection: the mean of a secret random number
     max_trials: int = 32  # selection: the law of that number is conditioned on at most so many
     law: str = "negative_binomial"  # selection: negative_binomial | poisson
@@ -208,13 +208,15 @@ class SearchConfig:
     score_images: int = 1000  # synthetic images behind a score
     sampler: str = "random"  # random | optuna; selection: random
     scheduler: str = "fifo"  # fifo | asha; selection: fifo
-    concurrent_trials: int = 1  # trained at a time, each with scaling.num_workers
+    concurrent_trials: int = 1  # trained at a time, each with scaling.num_workers; optuna: 1
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
 
 
 @dataclass
 class RunConfig:
-    storage: str = "runs"
+    """Where a run lies, and its name."""
+
+    storage: str = "runs"  # a folder (on a cluster absolute, and shared by NFS 4), or s3://bucket/prefix
     name: str | None = None  # none: e.g. digits-eps10-seed0
 
 

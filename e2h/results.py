@@ -77,10 +77,11 @@ def _evaluate(run: Run) -> Measured:
     """In the memory of the synthetic set, twice, and of `evaluation.max_feature_records` real images."""
     config, prepared = run.config, open_prepared(run.prepared)
     facts = prepared.manifest
-    expect(facts.num_test >= 2, "real_test", f"{facts.num_test} images", "at least 2", "evaluate a larger set")
+    advice = "hold more out (data.test_fraction), or publish without: jobs/publish.py"
+    expect(facts.num_test >= 2, "data", f"{facts.num_test} test images", "at least 2", advice)
     return measure(
         read_hf_parquet(sorted(run.synthetic.glob("part-*.parquet"))),
-        _some_images(prepared, config.evaluation.max_feature_records),
+        some_images(prepared, config.evaluation.max_feature_records),
         _blocks(prepared, "test"),
         config.evaluation,
         config.seed,
@@ -93,7 +94,7 @@ def _blocks(prepared: Prepared, split: str) -> Iterator[tuple[np.ndarray, np.nda
     return ((block.images, block.labels) for block in iter_batches(prepared.paths(split), EVALUATED_AT_ONCE))
 
 
-def _some_images(prepared: Prepared, count: int) -> tuple[np.ndarray, np.ndarray]:
+def some_images(prepared: Prepared, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Training images, at most `count`, and their labels: spread over the set, whose files may be sorted by class.
 
     Of a large set few files are opened.

@@ -9,8 +9,8 @@ import math
 import re
 
 from e2h.config import (
+    EASY_STAGES,
     SOURCES,
-    STAGES,
     CentralConfig,
     Config,
     DataConfig,
@@ -58,12 +58,18 @@ def _validate_data(data: DataConfig) -> None:
         f"where the {data.source} data lies",
         "set data.path=... to a local path, s3:// or gs://",
     )
+    _folder_name("data.name", data.name)
     if data.num_records is not None:
         _positive_int(data, "data", "num_records")
     if data.class_names is not None:
         expect(len(data.class_names) >= 1, "data.class_names", data.class_names, "at least one class")
         unique = len(set(data.class_names)) == len(data.class_names)
         expect(unique, "data.class_names", data.class_names, "distinct names")
+
+
+def _folder_name(key: str, name: str) -> None:
+    safe = bool(name) and "/" not in name and not name.startswith(".")
+    expect(safe, key, name, "a folder name without '/' and leading '.'")
 
 
 def _validate_privacy(privacy: PrivacyConfig) -> None:
@@ -90,14 +96,13 @@ def _validate_ledger(config: Config) -> None:
         return
     enough = total is not None and math.isfinite(total) and total >= one
     expect(enough, "ledger.epsilon", total, f"what all runs together may cost, at least privacy.epsilon={one:g}")
-    expect("/" not in config.data.name, "data.name", config.data.name, "no '/', as the name of the data set's ledger")
     expect(not config.privacy.test_mode, "privacy.test_mode", True, "false with ledger.scope=dataset")
 
 
 def _validate_curriculum(config: Config) -> None:
     stages = config.curriculum
     for stage in stages:
-        _choice("curriculum", stage, STAGES)
+        _choice("curriculum", stage, EASY_STAGES)
     expect(len(set(stages)) == len(stages), "curriculum", stages, "each stage once")
     if "central" in stages:
         _validate_central(config.central, config.data.image_size)
@@ -202,10 +207,8 @@ def _validate_outputs(config: Config) -> None:
     expect(scaling.max_failures >= 0, "scaling.max_failures", scaling.max_failures, "a whole number of at least 0")
     _positive(scaling, "scaling", "cpus_per_worker", *(["hours"] if scaling.hours is not None else []))
     expect(bool(config.run.storage), "run.storage", config.run.storage, "a folder")
-    run = config.run.name
-    if run is not None:
-        safe = bool(run) and "/" not in run and not run.startswith(".")
-        expect(safe, "run.name", run, "a folder name without '/' and leading '.'")
+    if config.run.name is not None:
+        _folder_name("run.name", config.run.name)
 
 
 MODES = ("proxy", "selection", "compose")
@@ -245,6 +248,9 @@ def _validate_search(search: SearchConfig) -> None:
 def _validate_adaptivity(search: SearchConfig) -> None:
     _choice("search.sampler", search.sampler, ("random", "optuna"))
     _choice("search.scheduler", search.scheduler, ("fifo", "asha"))
+    together = search.sampler == "random" or search.concurrent_trials == 1
+    reason = "what it suggests depends on the trials before; search.sampler=random with asha takes several"
+    expect(together, "search.concurrent_trials", search.concurrent_trials, "1 with search.sampler=optuna", reason)
     if search.privacy == "selection":
         reason = (
             "trials must be independent: one that depends on another's score breaks the bound; use compose or proxy"

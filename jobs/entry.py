@@ -40,7 +40,7 @@ def job(stages: Callable[[Run], None], searches: bool = False) -> None:
 
 
 def configured(action: Callable[[Config], int]) -> None:
-    """Calls `action` with the configuration of the command line, and exits with its code or one of DESIGN's.
+    """Calls `action` with the configuration of the command line, and exits with its code, or with one of these:
 
     0 done; 2 bad configuration or input; 3 the privacy budget refuses; 1 anything else (one line, and
     the tracebacks in the run's `failure.txt`; outside a run with its traceback).

@@ -14,8 +14,8 @@ def pipeline(run: Run) -> None:
 
     prepared = prepare(run)  # sensitive: private images -> canonical shards
     plan = calibrate(run, prepared)  # noise multipliers that spend the target exactly; nothing is spent yet
-    release_easy_stages(run, prepared, plan)  # noisy central images: the easy part of what there is to learn
-    train(run, plan)  # warm-up on them (free), then DP-SGD on the full set: the hard part
+    release_easy_stages(run, prepared, plan)  # e.g. noisy central images: the easy part of what there is to learn
+    train(run, plan)  # warm-up on what they gave (free), then DP-SGD on the full set: the hard part
     sample(run)  # free: labels + one seed an image -> synthetic images
     evaluate(run)  # sensitive: train on synthetic, test on real
     publish(run)  # card, report, ledger, images, weights: only what is releasable

@@ -49,6 +49,12 @@ def test_a_setting_of_a_search_that_cannot_work_is_refused_by_name_and_only_in_a
         validate(searching(**{name: value, "privacy": None}))
 
 
+def test_optuna_takes_one_trial_at_a_time():
+    with pytest.raises(InputError, match=r"^search\.concurrent_trials=2: expected 1 with search\.sampler=optuna"):
+        validate(searching(privacy="compose", sampler="optuna", concurrent_trials=2))
+    validate(searching(privacy="compose", scheduler="asha", concurrent_trials=2))
+
+
 @pytest.mark.parametrize("values", [[], 7, [1, 1], [1, 1.0]])
 def test_a_searched_setting_has_distinct_values(values):
     with pytest.raises(InputError, match=r"^search\.space\.warmup\.num_steps=.*: expected a list of distinct values"):

@@ -30,8 +30,8 @@ MARK = 255  # first value of a canary's image; at most 127 in all others
 class Subject:
     """What is audited, with how many canaries and DP-SGD steps, and at which claim.
 
-    A claim of epsilon 10 can't be refuted by so few canaries even without noise, and the defaults take less than
-    three minutes on two cores for the demo's network.
+    A claim of epsilon 10 can't be refuted by so few canaries even without noise, and the defaults take
+    half a minute on two cores for the demo's network.
     """
 
     config: Config

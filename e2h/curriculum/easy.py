@@ -16,7 +16,7 @@ from e2h.curriculum.generator import fit_generator, generate
 from e2h.curriculum.machine import machine
 from e2h.curriculum.pictures import by_class, write_grid
 from e2h.curriculum.run import Run
-from e2h.data.exports import write_hf_parquet
+from e2h.data.exports import read_hf_parquet, write_hf_parquet
 from e2h.data.filesystem import write_bytes
 from e2h.data.storage import Prepared, iter_batches
 from e2h.privacy.keys import derive_key
@@ -58,14 +58,16 @@ def _central(run: Run, prepared: Prepared, plan: PrivacyPlan, sums_of: SumsOf) -
     facts, event = prepared.manifest, plan.release("central").event
     shape = facts.image_size, facts.channels, len(facts.class_names)
     query = CentralQuery(run.config.central, event, *shape, plan.num_records)
-    images = query.decode(_released(run, prepared, query, "central", sums_of))
-    num_rounds, num_groups = images.shape[:2]
-    labels = np.arange(num_groups) if run.config.central.class_conditional else np.full(num_groups, -1)
-    flat = images.reshape(-1, *images.shape[2:])
-    rounds = np.repeat(np.arange(num_rounds), num_groups)
-    target = run.central / "images.parquet"
-    write_hf_parquet(target, flat, np.tile(labels, num_rounds), facts.class_names, {"round": rounds}, stamp(run.config))
-    write_grid(run, run.central / "grid.png", flat, num_groups)
+    target, conditional = run.central / "images.parquet", run.config.central.class_conditional
+    if not target.exists():
+        images = query.decode(_released(run, prepared, query, "central", sums_of))
+        num_rounds, num_groups = images.shape[:2]
+        labels = np.arange(num_groups) if conditional else np.full(num_groups, -1)
+        flat, rounds = images.reshape(-1, *images.shape[2:]), np.repeat(np.arange(num_rounds), num_groups)
+        columns = {"round": rounds}
+        write_hf_parquet(target, flat, np.tile(labels, num_rounds), facts.class_names, columns, stamp(run.config))
+    released, _ = read_hf_parquet([target])
+    write_grid(run, run.central / "grid.png", released, len(facts.class_names) if conditional else 1)
 
 
 def _frequency(

@@ -73,7 +73,7 @@ def finetune(
         learner.step(step, len(selected))
         due = checkpoints.due(step + 1, settings.checkpoint_every, last)
         if workers.rank == 0:
-            _finish_step(step + 1, due, learner, clipped, checkpoints, report)
+            _finish_step(step + 1, due, learner, len(selected), clipped, checkpoints, report)
         progress(step + 1)
     checkpoints.wait()
     return learner.ema
@@ -200,14 +200,24 @@ def _micro_batch(
 
 
 def _finish_step(
-    done: int, due: bool, learner: Learner, clipped: list[ClippedSum], checkpoints: Checkpoints, report: Report
+    done: int,
+    due: bool,
+    learner: Learner,
+    drawn: int,
+    clipped: list[ClippedSum],
+    checkpoints: Checkpoints,
+    report: Report,
 ) -> None:
+    # Computed on private data without noise, so these are sensitive; all but the first are of this worker's share.
+    report("finetune/batch_size", drawn, done)
     if clipped:
-        # Of this worker's share; computed on private data without noise, so these are sensitive.
-        norms = torch.cat([c.norms for c in clipped])
-        report("finetune/loss", float(torch.cat([c.losses for c in clipped]).mean()), done)
-        clipped_share = float((norms > learner.settings.max_grad_norm).float().mean())
-        report("finetune/clipped_fraction", clipped_share, done)
+        # A unit's padding comes last.
+        norms = torch.cat([c.norms[: c.count] for c in clipped])
+        report("finetune/loss", float(torch.cat([c.losses[: c.count] for c in clipped]).mean()), done)
+        settings = learner.settings
+        limit = settings.norm_threshold if settings.clipping == "global" else settings.max_grad_norm
+        report("finetune/clipped_fraction", float((norms > limit).float().mean()), done)
+        report("finetune/mean_norm", float(norms.mean()), done)
     if learner.averages is not None and done in learner.moments:
         learner.averages.write(checkpoints.folder)
     if due:

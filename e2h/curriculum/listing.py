@@ -21,8 +21,13 @@ def listed(config: Config) -> Source:
     fractions, classes = config.sampling.class_fractions, len(source.class_names)
     one_each = fractions is None or len(fractions) == classes
     expect(one_each, "sampling.class_fractions", fractions, f"{classes} shares, one a class")
+    held_out, advice = source.num_test >= 2, "hold some out (data.test_fraction), or evaluation.enabled=false"
+    expect(held_out or not config.evaluation.enabled, "evaluation.enabled", True, "2 test images or more", advice)
+    search = config.search
+    told_apart = classes > 1 or search.privacy is None or search.score == "central"
+    expect(told_apart, "search.score", search.score, "central where there is one class: there is none to tell apart")
     weights = config.evaluation.inception_weights
-    there = weights is None or Path(weights).is_file()
+    there = weights is None or Path(weights).expanduser().is_file()
     expect(there, "evaluation.inception_weights", weights, "a file that this and the evaluating machine can read")
     return source
 

@@ -47,7 +47,7 @@ class Run:
     @property
     def mapped(self) -> Path:
         """Where this machine keeps the training images that workers map."""
-        return replace(self, root=self.common or self.root).scratch / "prepared"
+        return self.prepared if isinstance(self.prepared, Path) else self.scratch / "prepared"
 
     def easy(self, stage: str) -> Place:
         """What an easy stage of the curriculum released, and the images it gave."""

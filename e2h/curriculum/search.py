@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from e2h import settings
@@ -20,6 +21,7 @@ from e2h.config import Config, LedgerConfig, RunConfig, SearchConfig, expect
 from e2h.curriculum.run import Run
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
+from e2h.data.storage import open_prepared
 from e2h.errors import InputError
 from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan
@@ -101,13 +103,18 @@ def check_search(config: Config) -> None:
     if search.privacy == "compose" and search.sampler == "optuna" and not same_accounting(config):
         reason = "what a trial costs must be fixed before any trial is seen"
         expect(False, "search.sampler", "optuna", "no setting in search.space that the accounting depends on", reason)
-    same = search.proxy.source == config.data.source and search.proxy.path == config.data.path
+    same = search.proxy.source == config.data.source and _whole(search.proxy.path) == _whole(config.data.path)
     advice = "these are the private images themselves; trials on them are charged by selection or compose"
     expect(not same, "search.proxy.source", search.proxy.source, "public or synthetic images", advice)
     if search.proxy.source == "central":
         reason = "they are released, and paid for, before the search"
         ok = "central" in shared_stages(config) and same_accounting(config)
         expect(ok, "search.proxy.source", "central", "no setting in search.space that the accounting uses", reason)
+
+
+def _whole(path: str | None) -> str | None:
+    """However it is written: one path."""
+    return path if path is None or "://" in path else str(Path(path).expanduser().resolve())
 
 
 def trial_law(config: Config) -> TrialLaw:
@@ -157,11 +164,16 @@ def store(root: Place) -> Place:
     return root / "trials"
 
 
-def draw_candidates(run: Run, number: int, choices: int) -> list[int]:
-    """Which candidate each trial tries: independent and uniform, a function of the secret alone."""
-    key = derive_key(run.secret(), "search/candidates", digest(search_binding(run.config)))
+def draw_candidates(key: bytes, number: int, choices: int) -> list[int]:
+    """Which candidate each trial tries: independent and uniform, a function of the key alone."""
     # 32 bytes modulo a small number are uniform to within 2^-240.
     return [int.from_bytes(derive_key(key, "trial", trial), "big") % choices for trial in range(number)]
+
+
+def search_address(run: Run) -> str:
+    """What a search's secret draws are for: with other settings or other data they are drawn anew."""
+    data = open_prepared(run.prepared).manifest.digest
+    return digest([search_binding(run.config), run.training_binding, data])
 
 
 def search_binding(config: Config) -> dict[str, Any]:

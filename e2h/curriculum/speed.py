@@ -24,7 +24,9 @@ def gradients_per_second(config: Config, num_classes: int) -> float:
         network = UNet.from_config(config.model, data.image_size, data.channels, num_classes, config.seed)
         network.to(device).train()
         group = Workers(0, config.scaling.num_workers, device)
-        size = largest_that_fits(network, settings, data.image_size, data.channels, group)
+        size = config.scaling.physical_batch_size or largest_that_fits(
+            network, settings, data.image_size, data.channels, group
+        )
         begun, made = time.monotonic(), 0
         while made == 0 or time.monotonic() - begun < MEASURED_S:
             private_micro_batch(network, settings, size, data.image_size, data.channels)

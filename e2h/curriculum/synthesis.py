@@ -14,6 +14,7 @@ from e2h.curriculum.batches import addressed_seeds
 from e2h.curriculum.pictures import by_class, write_grid
 from e2h.curriculum.run import Run
 from e2h.curriculum.train import easy_images, new_network, save_weights
+from e2h.curriculum.workers import is_out_of_memory
 from e2h.data.exports import read_hf_parquet, write_hf_parquet
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
@@ -131,7 +132,7 @@ class Synthesizer:
             try:
                 made.append(self._batch(places[: self.batch_size]))
             except (RuntimeError, MemoryError) as error:
-                if self.batch_size == 1 or not _is_out_of_memory(error):
+                if self.batch_size == 1 or not is_out_of_memory(error):
                     raise
                 self.batch_size //= 2
             else:
@@ -146,11 +147,6 @@ class Synthesizer:
         labels = torch.from_numpy(self.labels[padded])
         images = sample(self.evaluate, labels, seeds, self.run.config.sampling, shape)
         return to_uint8(images[: len(places)]).numpy()
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The last is what torch says on a CPU.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def write_synthetic_grid(run: Run, num_classes: int) -> None:

@@ -21,7 +21,7 @@ from e2h.curriculum.machine import machine
 from e2h.curriculum.run import Run
 from e2h.curriculum.units import largest_that_fits, unit_size
 from e2h.curriculum.warmup import Report, warm_up
-from e2h.curriculum.workers import Workers
+from e2h.curriculum.workers import Workers, is_out_of_memory
 from e2h.data.exports import read_hf_parquet
 from e2h.data.filesystem import write_bytes
 from e2h.data.mapping import map_split
@@ -54,11 +54,13 @@ def train(
     # One thread a worker: sums inside a kernel then have one order, and a replay is bit-identical.
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # last bits of 2^-11 are more than the clip leaves free (guarantee.md, 10)
     prepared = open_prepared(run.prepared)
     network = new_network(run, prepared)
     checkpoints = Checkpoints(run.checkpoints, run.training_binding, leaving)
     config = run.config
     saved = checkpoints.latest("finetune")
+    workers.agree(digest([saved is None]), "checkpoints")
     for name, (stage, settings) in warmups(config).items() if saved is None else ():
         images, labels = easy_images(run, stage)
         told = functools.partial(progress, name)
@@ -79,7 +81,9 @@ def train(
             lambda step: progress("finetune", step),
             until,
         )
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise InputError(
             f"scaling.physical_batch_size={unit}: expected so many images to fit the memory, which others may use; "
             "run the same command where more is free, or begin another run.name with a smaller size"
@@ -88,6 +92,7 @@ def train(
         # Of private images, nothing stays on a machine that was lent. Another worker may do so at the same moment.
         shutil.rmtree(run.mapped, ignore_errors=True)
     if workers.rank == 0:
+        (run.checkpoints / "average.json").unlink(missing_ok=True)  # of weights that are overwritten here
         ema.copy_to(network)
         save_weights(run.weights, network, stamp(config))
 

@@ -27,7 +27,7 @@ import torch
 from e2h.config import FinetuneConfig
 from e2h.curriculum.batches import make_batch
 from e2h.curriculum.finetune import private_engine
-from e2h.curriculum.workers import Workers
+from e2h.curriculum.workers import Workers, is_out_of_memory
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
 from e2h.diffusion.losses import micro_batch_loss
@@ -107,10 +107,8 @@ def largest_that_fits(network: UNet, settings: FinetuneConfig, image_size: int, 
             used = memory_of(
                 partial(private_micro_batch, network, settings, size, image_size, channels), workers.device
             )
-        except (torch.OutOfMemoryError, MemoryError):
-            break
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):  # what torch says on a CPU
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
             break
         fits = size

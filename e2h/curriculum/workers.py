@@ -69,6 +69,11 @@ class Workers:
             parameter.grad = part.view_as(parameter)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    # The last is what torch says on a CPU.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
 def on_grid(gradients: Sequence[Tensor]) -> Tensor:
     """One unit's gradients as one int64 vector; rounded unit by unit, so that it doesn't matter who has which."""
     flat = torch.cat([gradient.flatten() for gradient in gradients]).double()

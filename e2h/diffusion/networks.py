@@ -195,7 +195,7 @@ class UNet(nn.Module):
         return functional.silu(self.embed1(functional.silu(self.embed0(waves + self.label_embedding(labels)))))
 
     def forward(self, x: Tensor, noise_label: Tensor, labels: Tensor) -> Tensor:
-        """Maps scaled noisy images to the raw output functional.
+        """Maps scaled noisy images to the raw output F.
 
         Args:
           x: [N, C, H, W] float, c_in times the noisy images; N may be 0.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from e2h.config import Config, warmups
@@ -24,16 +24,15 @@ def say(stage: str, text: str) -> None:
     print(f"{stage:<10} {text}", flush=True)
 
 
-def show_plan(plan: PrivacyPlan, epsilons_alone: dict[str, float]) -> None:
-    """What will be released and what it costs, before anything is spent."""
+def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float]) -> None:
+    """What will be released and what it costs, before anything is spent; `epsilons_alone` of the plan's releases."""
     say(
         "plan",
         f"N {plan.num_records}, epsilon {plan.bound.epsilon:.4f} of {plan.target_epsilon:g} at delta {plan.delta:g}",
     )
     print(f"{'':<10} {'release':<10}{'q':>9}{'steps':>8}{'noise':>10}{'epsilon alone':>15}")
-    for release in plan.releases:
-        row = _mechanism(release)
-        print(f"{'':<10} {release.name:<10}{row}{epsilons_alone[release.name]:>15.4f}")
+    for release, alone in zip(plan.releases, epsilons_alone, strict=True):
+        print(f"{'':<10} {release.name:<10}{_mechanism(release)}{alone:>15.4f}")
     print(f"{'':<10} RDP, the cross-check, says {plan.bound.epsilon_rdp:.4f}", flush=True)
     for warning in plan.warnings:
         say("warning", warning)

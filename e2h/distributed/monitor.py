@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from e2h.config import STAGES, WARMUPS
+from e2h.config import EASY_STAGES, Config, warmups
 from e2h.data.remote import Place
 from e2h.errors import InputError
-from e2h.reporting.facts import read_config, read_json
+from e2h.reporting.facts import read_json
 
 # Prometheus knows them as ray_e2h_...
 GAUGES = {
@@ -28,20 +28,19 @@ class Monitor:
     """The gauges of one run, tagged with its name and the stage.
 
     Args:
-      root: the run directory, with config.yaml and plan.json.
+      root: the run directory, with plan.json.
+      config: of the run.
       restarts: how often the group of workers was started anew.
     """
 
-    def __init__(self, root: Place, restarts: int) -> None:
+    def __init__(self, root: Place, config: Config, restarts: int) -> None:
         from ray.util.metrics import Gauge  # Ray is imported where it is used: the session sets it up before
 
-        config, plan = read_config(root), _plan(root)
-        of_stage = {"central": config["warmup"], "frequency": config["frequency"]["warmup"]}
-        easy = zip(WARMUPS, config["curriculum"], strict=False)
-        self.batch = {name: of_stage[stage]["batch_size"] for name, stage in easy}
-        self.batch["finetune"] = config["finetune"]["expected_batch_size"]
-        self.block, self.schedule = config["finetune"]["ledger_block"], plan["epsilon_schedule"]
-        self.before = sum(one["epsilon_alone"] for one in plan["releases"] if one["name"] in STAGES)
+        plan = _plan(root)
+        self.batch = {name: settings.batch_size for name, (_, settings) in warmups(config).items()}
+        self.batch["finetune"] = config.finetune.expected_batch_size
+        self.block, self.schedule = config.finetune.ledger_block, plan["epsilon_schedule"]
+        self.before = sum(one["epsilon_alone"] for one in plan["releases"] if one["name"] in EASY_STAGES)
         self.restarts, self.rate_from = restarts, ("", 0, 0.0)
         self.gauges = {name: Gauge(name, text, ("run", "stage")) for name, text in GAUGES.items()}
         for gauge in self.gauges.values():

@@ -30,7 +30,7 @@ def dry_run(config: Config, root: Place) -> PrivacyPlan:
     if run.ledger.budget() is None:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
-    show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
+    show_plan(plan, [release["epsilon_alone"] for release in content["releases"]])
     return plan
 
 
@@ -50,7 +50,7 @@ def search_dry_run(config: Config, root: Place) -> None:
         if run.ledger.budget() is None:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
-        show_plan(plan.whole, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
+        show_plan(plan.whole, [release["epsilon_alone"] for release in content["releases"]])
         _show_trial(content["search"])
     _show_prices(rows)
 

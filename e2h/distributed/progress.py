@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import suppress
 
+from e2h.config import Config
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place, S3Path
 from e2h.distributed.monitor import Monitor
@@ -21,19 +22,21 @@ class Progress:
     Args:
       path: a file in the run directory. The driver removes it before training, so one that is there was left by the
         group before this one.
+      watched: the run's configuration, for its gauges; none for a trial of a search, whose number may be a secret.
     """
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Place, watched: Config | None) -> None:
         self.path, self.written = path, 0.0
         self.interval = TO_BUCKET_EVERY_S if isinstance(path, S3Path) else EVERY_S
         before = read_progress(path)
         self.restarts = 0 if before is None else before[2] + 1
-        self.monitor = Monitor(path.parent, self.restarts)
+        self.monitor = Monitor(path.parent, watched, self.restarts) if watched else None
         self._write("", 0)
 
     def update(self, stage: str, step: int) -> None:
         """Call it after each finished step."""
-        self.monitor.update(stage, step)
+        if self.monitor:
+            self.monitor.update(stage, step)
         now = time.monotonic()
         if now - self.written >= self.interval:
             self.written = now

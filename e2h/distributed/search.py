@@ -33,6 +33,7 @@ from e2h.curriculum.search import (
     read_score,
     score_kind,
     score_path,
+    search_address,
     search_binding,
     space,
     store,
@@ -86,8 +87,9 @@ def search_trials(run: Run, prepared: Prepared) -> Run:
 
 def _open_budget(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan]:
     """Plans all trials, opens the budget, and charges all of it before the first trial reads an image."""
+    _refuse_lost_trials(run)
     plan = _read_or_make_plan(run, prepared)
-    show_plan(plan.whole, {one["name"]: one["epsilon_alone"] for one in read_json(run.root / "plan.json")["releases"]})
+    show_plan(plan.whole, [one["epsilon_alone"] for one in read_json(run.root / "plan.json")["releases"]])
     run.open_budget(plan.whole.budget)
     for release in plan.shared:
         release_easy_stage(run, prepared, plan.whole, release.name)
@@ -96,6 +98,16 @@ def _open_budget(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan
         domain = run.domain(release.event.to_json(), prepared.manifest.digest, bound)
         run.ledger.spend(release.name, release.event, domain, 0, release.event.count)
     return plan.trial
+
+
+def _refuse_lost_trials(run: Run) -> None:
+    """Trials that were paid for keep their own ledgers: without those they would be run again, with other noise."""
+    paid = {one.name for one in run.ledger.charged()} - set(run.config.curriculum)
+    if paid and not (store(run.root) / "plan.json").exists():
+        raise BudgetError(
+            f"{run.ledger.location}: the trials of this search were paid for, and {store(run.root)} is gone; running "
+            "them again would be another search: begin it under another run.name, with a budget of its own"
+        )
 
 
 def _read_or_make_plan(run: Run, prepared: Prepared) -> SearchPlan:
@@ -140,8 +152,10 @@ def _drawn(run: Run, number: int) -> list[Values]:
     """The values of trials that are drawn beforehand: independent ones for a selection, else different ones."""
     choices = candidates(run.config)
     if run.config.search.privacy == "selection":
-        return [choices[choice] for choice in draw_candidates(run, number, len(choices))]
-    order = np.argsort([derive_key(run.secret(), "search/order", place) for place in range(len(choices))])
+        key = derive_key(run.secret(), "search/candidates", search_address(run))
+        return [choices[choice] for choice in draw_candidates(key, number, len(choices))]
+    key = derive_key(run.secret(), "search/order", search_address(run))
+    order = np.argsort([derive_key(key, "place", place) for place in range(len(choices))])
     return [choices[int(order[place % len(choices)])] for place in range(number)]
 
 
@@ -150,8 +164,7 @@ def _run_fixed(run: Run, make_trial: Callable[[str, Values], Trial]) -> list[Tri
     search = run.config.search
     number = int(search.expected_trials)
     if search.privacy == "selection":
-        secret = derive_key(run.secret(), "search/number", digest(search_binding(run.config)))
-        number = trial_law(run.config).draw(secret)
+        number = trial_law(run.config).draw(derive_key(run.secret(), "search/number", search_address(run)))
         say("search", "trials run in private; their number is a secret, which the choice rests on")
     if number == 0:
         raise BudgetError("search.law=poisson: the secret number of trials is 0, so nothing may be released")
@@ -162,19 +175,29 @@ def _run_fixed(run: Run, make_trial: Callable[[str, Values], Trial]) -> list[Tri
         run_trial(run, trials[point["trial"]], _report if search.scheduler == "asha" else lambda share, score: None)
 
     _fit(run, train, {"trial": tune.grid_search(list(range(number)))}, 1, None)
+    # After a signal Tune returns as if all were well. The best of those that had finished by then is another mechanism
+    # than the one that was paid for. (ASHA, which stops trials too, is for searches that pay for each of them.)
+    if search.scheduler == "fifo" and not all(score_path(store(run.root) / one.name).exists() for one in trials):
+        raise RuntimeError("the search was stopped before every trial had its score; the same command goes on")
     return trials
 
 
 def _run_adaptive(run: Run, make_trial: Callable[[str, Values], Trial]) -> list[Trial]:
-    """Trials that Optuna suggests after those before; values that were tried keep their score."""
+    """Trials that Optuna suggests after those before; values that were tried keep their score.
+
+    A trial that has begun is one of those that were paid for, whether it was finished or not.
+    """
     named = {f"trial-{digest(values)[:12]}": values for values in candidates(run.config)}
-    known = {name: one for name in named if (one := read_score(score_path(store(run.root) / name))) is not None}
-    left = int(run.config.search.expected_trials) - len(known)
+    begun = [name for name in named if (store(run.root) / name / "binding.json").exists()]
+    left = int(run.config.search.expected_trials) - len(begun)
 
     def train(point: dict[str, Any]) -> None:
-        name = f"trial-{digest(point)[:12]}"
+        name = point.get("trial", f"trial-{digest(point)[:12]}")
         run_trial(run, make_trial(name, named[name]), _report)
 
+    if begun:
+        _fit(run, train, {"trial": tune.grid_search(begun)}, 1, None)
+    known = {name: one for name in begun if (one := read_score(score_path(store(run.root) / name))) is not None}
     if left > 0:
         choices = {name: tune.choice(values) for name, values in space(run.config).items()}
         _fit(run, train, choices, left, _optuna([named[name] for name in known], [one.value for one in known.values()]))
@@ -207,6 +230,7 @@ def _fit(
     scheduler = ASHAScheduler("ninths", "score", "max", max_t=NINTHS, grace_period=1, reduction_factor=3)
     # Tune's own notes tell every trial's values and score.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends a search as it ends any job
     remove(storage)
     tuner = tune.Tuner(
         # Drivers wait for their workers: with a share of a processor, they would keep one of these from starting.

@@ -58,12 +58,12 @@ def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
     content = read_or_make_plan(run, prepared)
     plan = read_plan(content)
     run.open_budget(plan.budget)
-    show_plan(plan, {release["name"]: release["epsilon_alone"] for release in content["releases"]})
+    show_plan(plan, [release["epsilon_alone"] for release in content["releases"]])
     return plan
 
 
 def train(run: Run, plan: PrivacyPlan) -> None:
-    """Warm-up on the central images, then DP-SGD (event 2); on Ray Train workers."""
+    """Warm-up on the images of the easy stages (free), then DP-SGD, the last event; on Ray Train workers."""
     if not run.done("train"):
         schedule = [tuple(point) for point in json.loads((run.root / "plan.json").read_text())["epsilon_schedule"]]
         await_nodes(run.config.scaling, run.root)

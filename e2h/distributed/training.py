@@ -187,7 +187,8 @@ def _worker(config: dict[str, Any]) -> None:
         return
     workers = Workers.current(ray.train.torch.get_device())
     metrics = MetricWriter(run.root, run.config.privacy.test_mode) if workers.rank == 0 else None
-    progress = Progress(run.root / PROGRESS_FILE) if workers.rank == 0 else None
+    watched = run.config if run.common is None else None
+    progress = Progress(run.root / PROGRESS_FILE, watched) if workers.rank == 0 else None
     try:
         train(
             run,

@@ -86,8 +86,7 @@ class PrivacyPlan:
             f"{len(self.class_names)} classes, the image size, and every setting in config.yaml but the secret.",
             *(_describe(release) for release in self.releases),
             *([self._shared_statement(self.shared)] if self.shared else []),
-            "The synthetic images, the central images, the model weights and this document are computed from these "
-            "releases alone.",
+            "All that is published (images, model weights, this document) is computed from these releases alone.",
             "Adversary: sees everything published and knows every other record; does not know the run's secret.",
             "Not covered: how the private set was collected and pre-processed, several records of one person, the "
             "confidentiality of the machines that computed it, and evaluation on real data, which is not published.",
@@ -260,7 +259,7 @@ def code_digest() -> str:
     root = Path(e2h.__file__).parent
     digest = hashlib.sha256(e2h.__version__.encode())
     paths = [root / "config.py", root / "binding.py"]
-    for package in ("privacy", "diffusion", "curriculum", "data", "distributed"):
+    for package in ("privacy", "diffusion", "curriculum", "data", "evaluation", "distributed"):
         paths += sorted((root / package).glob("*.py"))
     for path in paths:
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

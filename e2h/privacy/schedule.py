@@ -51,9 +51,12 @@ def schedules(config: Config, num_records: int, num_gradients: float) -> list[Sc
         noise = _noise(config, easy, batch / num_records, num_steps)
         found.append(Schedule(batch, num_steps, noise, batch * num_steps**0.5 / noise / limit))
         batch *= 2
+    if batch > num_records and not found:
+        raise InputError(f"N={num_records}: expected at least {batch} training records for a schedule of DP-SGD")
     if not found:
-        need = LEAST_STEPS * batch
-        raise InputError(f"scaling.hours: expected time for {need} gradients, {num_gradients:.0f} fit; give more hours")
+        hours, need = config.scaling.hours, LEAST_STEPS * batch
+        given = "finetune.num_steps * finetune.expected_batch_size" if hours is None else f"scaling.hours={hours}"
+        raise InputError(f"{given}: expected at least {need} gradients, found {num_gradients:.0f}; give more")
     return found
 
 

@@ -44,12 +44,13 @@ class TrialLaw:
     max_trials: int = 32
 
     def __post_init__(self) -> None:
-        expect(self.shape > -1, "shape", self.shape, "a number above -1, or infinity for Poisson")
-        expect(self.max_trials >= 1, "max_trials", self.max_trials, "at least 1")
+        expect(self.shape > -1, "search.shape", self.shape, "a number above -1; for Poisson, search.law=poisson")
+        expect(self.max_trials >= 1, "search.max_trials", self.max_trials, "at least 1")
         least, most = self._mean(_LOG_RATE_MIN), self._mean(self._log_rate_max)
         expectation = f"a number from {max(least, 0.01):.4g} to {most:.4g}, the mean of K <= {self.max_trials}"
         reachable = max(least, 0.01) <= self.expected_trials <= most
-        expect(reachable, "expected_trials", self.expected_trials, expectation, "change it, or raise max_trials")
+        advice = "change it, or raise search.max_trials"
+        expect(reachable, "search.expected_trials", self.expected_trials, expectation, advice)
 
     @property
     def poisson(self) -> bool:

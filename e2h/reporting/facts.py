@@ -153,11 +153,17 @@ def _row(name: str, event: Mapping[str, Any], where: str = "") -> dict[str, str]
     }
 
 
+def selected(plan: Mapping[str, Any]) -> bool:
+    """Whether a release is the best of a random number of trials, of which dp_accounting alone knows no bound."""
+    return any(release["event"]["type"] == "selection" for release in plan["releases"])
+
+
 def choice(plan: Mapping[str, Any]) -> str:
     """How the settings were chosen and who paid, in a sentence or two."""
     tuning = plan.get("tuning")
     if not tuning:
-        return "No search chose the settings of this run: nothing was spent on choosing."
+        nothing = "No search chose the settings of this run: nothing was spent on choosing."
+        return f"{nothing} Of other choices this page knows nothing."
     paid = {
         "proxy": "It cost nothing: no private image was read for it, or only what had been released and paid for.",
         "selection": "Its cost is part of the epsilon above; how many trials there were stays secret.",

@@ -12,9 +12,9 @@ import math
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from e2h.config import NOT_PRIVATE
 from e2h.data import filesystem
 from e2h.data.remote import Place, place
+from e2h.reporting.event_files import EventFile
 
 ROWS = "metrics.jsonl"
 COPY_EVERY_S = 30.0
@@ -50,19 +51,13 @@ _FREE, _SECRET = ReleaseClass.RELEASABLE, ReleaseClass.SENSITIVE
 METRICS: dict[str, Metric] = {
     "central/grid": Metric(_FREE, "Central images", "image"),
     "frequency/grid": Metric(_FREE, "Images of the generator", "image"),
-    "warmup/loss": Metric(_FREE, "Warm-up loss on the central images", ""),
-    "warmup2/loss": Metric(_FREE, "Second warm-up loss on the central images", ""),
-    "warmup/images_per_second": Metric(_FREE, "Warm-up throughput", "images/s"),
-    "finetune/step": Metric(_FREE, "DP-SGD steps done", "steps"),
-    "finetune/epsilon_spent": Metric(_FREE, "Epsilon spent, all stages together", ""),
-    "finetune/noise_multiplier": Metric(_FREE, "Noise multiplier", ""),
-    "finetune/learning_rate": Metric(_FREE, "Learning rate", ""),
+    "warmup/loss": Metric(_FREE, "Warm-up loss on the images of the easy stage", ""),
+    "warmup2/loss": Metric(_FREE, "Warm-up loss on the images of the second easy stage", ""),
     "synthetic/grid": Metric(_FREE, "Synthetic images", "image"),
     "finetune/loss": Metric(_SECRET, "DP-SGD loss on the private images", ""),
     "finetune/clipped_fraction": Metric(_SECRET, "Share of clipped gradients", "share"),
     "finetune/mean_norm": Metric(_SECRET, "Mean gradient norm before the clip", ""),
     "finetune/batch_size": Metric(_SECRET, "Records drawn for a step", "records"),
-    "finetune/images_per_second": Metric(_SECRET, "DP-SGD throughput", "images/s"),
     "evaluation/logistic_regression": Metric(_SECRET, "Accuracy of logistic regression on real images", "share"),
     "evaluation/mlp": Metric(_SECRET, "Accuracy of the perceptron on real images", "share"),
     "evaluation/cnn": Metric(_SECRET, "Accuracy of the CNN on real images", "share"),
@@ -88,11 +83,11 @@ class MetricWriter:
         self._not_private = not_private
         self._target, self._copied = place(run_dir), time.monotonic()
         self._folder = _local_folder(self._target)
-        self._writers = {kind: _summary_writer(self._folder / "tb" / kind) for kind in ReleaseClass}
+        self._writers = {kind: self._event_file(kind, kind) for kind in ReleaseClass}
         self._rows = _open_append(self._folder / ROWS)
         if not_private:
-            for kind, writer in self._writers.items():
-                writer.add_text("NOT_PRIVATE", NOT_PRIVATE, walltime=_event_time(kind, time.time()))
+            for writer in self._writers.values():
+                writer.text("NOT_PRIVATE", NOT_PRIVATE)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Records one number.
@@ -100,12 +95,10 @@ class MetricWriter:
         Raises:
           ValueError: if `name` is not declared as a scalar in `METRICS`.
         """
-        metric, now = _declared(name, image=False), time.time()
-        number = float(value)
-        writer = self._writers[metric.release_class]
-        writer.add_scalar(tag(name), number, step, _event_time(metric.release_class, now))
+        metric, number = _declared(name, image=False), float(value)
+        self._writers[metric.release_class].scalar(tag(name), number, step)
         # JSON knows no NaN or infinity: null says that there was a step without a usable number.
-        self._append(name, metric, number if math.isfinite(number) else None, step, now)
+        self._append(name, metric, number if math.isfinite(number) else None, step)
 
     def image(self, name: str, array: NDArray[np.uint8], step: int) -> None:
         """Records one image, uint8 [H, W, C]; its row in `metrics.jsonl` holds the shape.
@@ -113,28 +106,31 @@ class MetricWriter:
         Raises:
           ValueError: if `name` is not declared as an image in `METRICS`.
         """
-        metric, now = _declared(name, image=True), time.time()
-        writer = self._writers[metric.release_class]
-        writer.add_image(name, array, step, _event_time(metric.release_class, now), dataformats="HWC")
-        self._append(name, metric, list(array.shape), step, now)
+        metric = _declared(name, image=True)
+        self._writers[metric.release_class].image(name, array, step)
+        self._append(name, metric, list(array.shape), step)
 
     def trial(self, name: str, values: Mapping[str, Any], score: float) -> None:
         """One row of TensorBoard's HParams view: what a trial of a search tried, and its score; both are releasable.
 
         Only of trials that are paid for or read public images, and of the best one.
         """
-        from torch.utils.tensorboard.summary import hparams
-
-        now = _event_time(ReleaseClass.RELEASABLE, time.time())
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
-        writer = _summary_writer(self._folder / "tb" / ReleaseClass.RELEASABLE / "trials" / name)
-        for summary in hparams(plain, {"search/score": None}):
-            writer.file_writer.add_summary(summary, 0, now)
-        writer.add_scalar("search/score", score, 0, now)
+        writer = self._event_file(ReleaseClass.RELEASABLE, f"{ReleaseClass.RELEASABLE}/trials/{name}")
+        writer.settings(plain, "search/score")
+        writer.scalar("search/score", score, 0)
         writer.close()
 
-    def _append(self, name: str, metric: Metric, value: object, step: int, now: float) -> None:
-        row = {"name": name, "value": value, "step": int(step), "class": str(metric.release_class), "time": now}
+    def _event_file(self, release_class: ReleaseClass, folder: str) -> EventFile:
+        path = self._folder / "tb" / folder
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if release_class is ReleaseClass.SENSITIVE:
+            path.chmod(0o700)
+        return EventFile(path, self._target / "tb" / folder, partial(_event_time, release_class))
+
+    def _append(self, name: str, metric: Metric, value: object, step: int) -> None:
+        row = {"name": name, "value": value, "step": int(step), "class": str(metric.release_class)}
+        row["time"] = time.time()
         if self._not_private:
             row["not_private"] = True
         # One write call a line: lines of several processes don't mix.
@@ -191,19 +187,9 @@ def _local_folder(run_dir: Place) -> Path:
     return folder
 
 
-def _summary_writer(folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.utils.tensorboard import SummaryWriter  # half a second to import: only who writes pays
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.name == ReleaseClass.SENSITIVE:
-        folder.chmod(0o700)
-    return SummaryWriter(str(folder), flush_secs=10)
-
-
-def _event_time(release_class: ReleaseClass, now: float) -> float:
+def _event_time(release_class: ReleaseClass) -> float:
     """Seconds since 1970; rounded down to the hour for releasable events, so that no step's duration can be read."""
-    return now if release_class is ReleaseClass.SENSITIVE else now // 3600 * 3600
+    return time.time() if release_class is ReleaseClass.SENSITIVE else time.time() // 3600 * 3600
 
 
 def _open_append(path: Path) -> int:

@@ -52,7 +52,8 @@ def noise_by_share(plan: Mapping[str, Any]) -> dict[str, Curve] | None:
     alone. None where the plan has not got both stages, or a search draws its noise.
     """
     events = {one["name"]: one["event"] for one in plan["releases"]}
-    if not {"central", "finetune"} <= events.keys() or "search" in events:
+    different = len(events) == len(plan["releases"])  # trials that all are paid for have names in common
+    if not {"central", "finetune"} <= events.keys() or "search" in events or not different:
         return None
     return _by_share(*_key(plan))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from e2h.errors import InputError
+from e2h.reporting.facts import selected
 
 TOLERANCE = 1e-6
 
@@ -52,7 +53,7 @@ def recipe(plan: Mapping[str, Any]) -> str:
     Args:
       plan: `plan.json`, or a published ledger; its accountant is "pld" or "rdp".
     """
-    if any(release["event"]["type"] == "selection" for release in plan["releases"]):
+    if selected(plan):
         return _SEARCH_RECIPE
     return _RECIPE.format(accountant=_ACCOUNTANTS[plan["accountant"]])
 

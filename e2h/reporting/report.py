@@ -20,9 +20,6 @@ from e2h.reporting.privacy_figures import privacy_figures
 from e2h.reporting.recompute import recipe
 from e2h.reporting.utility import utility
 
-# A constant or a counter is a number, not a curve; epsilon is drawn from the plan.
-NOT_DRAWN = ("finetune/step", "finetune/epsilon_spent")
-
 
 def render(run_dir: Path, internal: bool) -> str:
     """The report as HTML.
@@ -108,7 +105,7 @@ def _curves(run_dir: Path, release_class: ReleaseClass) -> list[dict[str, Any]]:
     for name, metric in METRICS.items():
         points = found.get(name, [])
         varies = len({value for _, value in points}) > 1
-        if metric.release_class is release_class and varies and name not in NOT_DRAWN:
+        if metric.release_class is release_class and varies:
             drawing = figures.line_chart(points, metric.title, metric.unit)
             drawn.append({"title": metric.title, "unit": metric.unit, "drawing": drawing})
     return drawn

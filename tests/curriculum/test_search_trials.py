@@ -21,6 +21,7 @@ from e2h.curriculum.search import (
     read_score,
     same_accounting,
     score_path,
+    search_address,
     shared_stages,
     space,
     store,
@@ -28,6 +29,7 @@ from e2h.curriculum.search import (
     with_values,
     write_score,
 )
+from e2h.curriculum.stages import prepare
 from e2h.errors import InputError
 from e2h.privacy.accounting import Bound
 from e2h.privacy.events import PoissonSampledGaussian, Release
@@ -123,10 +125,8 @@ def test_central_images_and_costs_are_common_where_no_searched_setting_touches_t
     assert not shared_stages(off)
 
 
-def test_draws_are_uniform_repeatable_and_another_secrets_are_others(tmp_path, monkeypatch):
-    for name in ("ONE", "TWO"):
-        monkeypatch.setenv(f"E2H_{name}", hashlib.sha256(name.encode()).hexdigest())
-    one, two = (a_run(tmp_path, secret=f"env:E2H_{name}") for name in ("ONE", "TWO"))
+def test_draws_are_uniform_repeatable_and_another_keys_are_others():
+    one, two = (hashlib.sha256(name).digest() for name in (b"one", b"two"))
     drawn = draw_candidates(one, 6000, 9)
     assert drawn == draw_candidates(one, 6000, 9)
     assert drawn[:100] == draw_candidates(one, 100, 9)
@@ -137,7 +137,25 @@ def test_draws_are_uniform_repeatable_and_another_secrets_are_others(tmp_path, m
     # Neither do two trials of one search go together.
     pairs = np.bincount(9 * np.array(drawn[::2]) + np.array(drawn[1::2]), minlength=81)
     assert chisquare(pairs).pvalue > 1e-4
-    assert draw_candidates(a_run(tmp_path, secret="env:E2H_ONE", expected_trials=4.0), 100, 9) != drawn[:100]
+
+
+def test_other_settings_and_other_data_are_other_draws(tmp_path):
+    searches = {
+        "same": a_run(tmp_path / "a"),
+        "again": a_run(tmp_path / "b"),
+        "search": a_run(tmp_path / "c", expected_trials=4.0),
+        "model": a_run(tmp_path / "d"),
+        "data": a_run(tmp_path / "e"),
+    }
+    searches["model"].config.model.base_width = 8
+    searches["data"].config.data.test_fraction = 0.3
+    found = {}
+    for name, run in searches.items():
+        run.root.mkdir(parents=True)
+        prepare(run)
+        found[name] = search_address(run)
+    assert found.pop("again") == found["same"]
+    assert len(set(found.values())) == len(found)
 
 
 def test_trials_have_secrets_of_their_own_and_share_the_prepared_set(tmp_path):

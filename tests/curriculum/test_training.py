@@ -100,7 +100,8 @@ def test_every_step_is_charged_and_made_from_its_draw(alone):
         assert alone["seen"].get(step, []) == drawn.tolist()
     assert len({tuple(draw) for draw in alone["seen"].values()}) == STEPS
     assert not torch.equal(parameters(training.network), alone["start"])
-    assert {name for name, _, _ in training.reported} == {"finetune/loss", "finetune/clipped_fraction"}
+    names = {"loss", "clipped_fraction", "mean_norm", "batch_size"}
+    assert {name for name, _, _ in training.reported} == {f"finetune/{name}" for name in names}
 
 
 @pytest.mark.usefixtures("quick_store")
@@ -139,6 +140,7 @@ def test_a_draw_made_ahead_is_its_own_steps_after_a_kill_too(alone, tmp_path, mo
     assert torch.equal(parameters(again.network), parameters(alone["training"].network))
 
 
+@pytest.mark.usefixtures("quick_store")
 def test_a_draw_that_fails_ahead_ends_the_run_in_its_own_step(tmp_path, monkeypatch):
     def failing(key, step, *rest):
         if step == 6:
@@ -210,7 +212,7 @@ def test_an_empty_draw_is_a_step_like_any_other(tmp_path, monkeypatch):
     training.run()
     assert len({tuple(state.tolist()) for state in states}) == STEPS
     assert new_ledger(tmp_path).charged() == (empty,)
-    assert training.reported == []
+    assert training.reported == [("finetune/batch_size", 0, step) for step in range(1, STEPS + 1)]
 
 
 def test_a_ledger_that_lost_entries_stops_the_resumed_run(alone, tmp_path):

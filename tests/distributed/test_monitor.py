@@ -16,7 +16,6 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from e2h.binding import binding
 from e2h.config import Config
 from e2h.distributed import monitor
 from e2h.distributed.failures import summary
@@ -47,7 +46,6 @@ class Gauge:
 def root(tmp_path) -> Path:
     root = tmp_path / "one"
     root.mkdir()
-    (root / "config.yaml").write_text(json.dumps(binding(Config())))
     (root / "plan.json").write_text(json.dumps(PLAN))
     return root
 
@@ -66,16 +64,16 @@ def test_epsilon_is_never_below_that_of_the_steps(step, epsilon):
 
 def test_epsilon_covers_the_block_that_is_paid_ahead(root, values):
     block = Config().finetune.ledger_block
-    Monitor(root, 0).update("warmup", 7)
+    Monitor(root, Config(), 0).update("warmup", 7)
     assert values["epsilon_spent", "warmup"] == 1.0
-    Monitor(root, 0).update("finetune", 31 - block)
+    Monitor(root, Config(), 0).update("finetune", 31 - block)
     assert values["epsilon_spent", "finetune"] == 4.0
 
 
 def test_throughput_is_the_expected_batch_over_some_seconds_of_one_stage(root, values, monkeypatch):
     now = iter([100.0, 102.0, 105.0, 106.0, 116.0])
     monkeypatch.setattr(monitor.time, "monotonic", lambda: next(now))
-    one, batch = Monitor(root, 3), Config()
+    one, batch = Monitor(root, Config(), 3), Config()
     one.update("warmup", 1)
     one.update("warmup", 2)
     assert ("images_per_second", "warmup") not in values
@@ -91,22 +89,28 @@ def test_throughput_is_the_expected_batch_over_some_seconds_of_one_stage(root, v
 
 def test_a_run_without_a_plan_is_watched_but_for_epsilon(root, values):
     (root / "plan.json").unlink()
-    Monitor(root, 0).update("finetune", 1)
+    Monitor(root, Config(), 0).update("finetune", 1)
     assert ("steps_done", "finetune") in values
     assert ("epsilon_spent", "finetune") not in values
 
 
 def test_a_group_that_finds_a_progress_file_was_started_anew(root, values):
     path = root / PROGRESS_FILE
-    Progress(path).update("finetune", 5)
+    Progress(path, Config()).update("finetune", 5)
     assert read_progress(path) == ("finetune", 5, 0)
-    Progress(path)
+    Progress(path, Config())
     assert read_progress(path) == ("", 0, 1)
-    Progress(path).update("finetune", 6)
+    Progress(path, Config()).update("finetune", 6)
     assert read_progress(path) == ("finetune", 6, 2)
     path.unlink()  # as the driver does
-    Progress(path)
+    Progress(path, Config())
     assert read_progress(path) == ("", 0, 0)
+
+
+def test_a_trial_of_a_search_has_no_gauge(root, values):
+    Progress(root / PROGRESS_FILE, None).update("finetune", 5)
+    assert read_progress(root / PROGRESS_FILE) == ("finetune", 5, 0)
+    assert values == {}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"stage": "warmup"}', '{"stage": "warmup", "step": null}'])
@@ -121,7 +125,7 @@ def test_progress_that_can_t_be_written_does_not_end_a_run(root, values, monkeyp
         raise OSError("no space")
 
     monkeypatch.setattr("e2h.distributed.progress.write_bytes", full)
-    Progress(root / PROGRESS_FILE).update("warmup", 1)
+    Progress(root / PROGRESS_FILE, Config()).update("warmup", 1)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +162,7 @@ class Trains:
 
     def step(self, root: Path) -> None:
         monitor.RATE_OVER_S = 0.0
-        self.progress = Progress(root / PROGRESS_FILE)
+        self.progress = Progress(root / PROGRESS_FILE, Config())
         for step in (21, 22):
             self.progress.update("finetune", step)
 

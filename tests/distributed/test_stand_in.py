@@ -11,7 +11,7 @@ from e2h.data.exports import write_hf_parquet
 from e2h.data.prepare import finish_prepared, prepare_shard
 from e2h.data.sources import open_source
 from e2h.data.storage import load_split, open_prepared
-from e2h.distributed.stand_in import as_on, repeated
+from e2h.distributed.stand_in import as_on, repeated, shared_images
 from e2h.privacy.plan import make_plan
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
@@ -44,6 +44,21 @@ def test_enough_images_and_those_known_by_their_files_stay_as_they_are(tmp_path)
     source = open_source(data)
     assert repeated(source, data, source.num_train) is source
     assert repeated(source, replace(data, source="image_folder"), 1000) is source
+
+
+def test_private_images_are_known_again_under_other_names_and_others_are_not(tmp_path):
+    data = few(tmp_path)
+    source = open_source(data)
+    private = prepared_from(source, data, tmp_path / "private")
+    repetition = prepared_from(repeated(source, data, 100), data, tmp_path / "stand-in")
+    assert shared_images(private, repetition) == 1
+    # Images of one colour are alike everywhere, and tell nothing.
+    others = np.random.default_rng(1).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    for name, images, share in (("blank", np.zeros_like(others), 0.0), ("others", others, 0.0), ("own", IMAGES, 1.0)):
+        path = tmp_path / f"{name}.parquet"
+        write_hf_parquet(path, images, np.arange(12) % 3, ("a", "b", "c"))
+        there = replace(data, path=str(path), test_fraction=0.0)
+        assert shared_images(private, prepared_from(open_source(there), there, tmp_path / name)) == share, name
 
 
 def test_on_a_larger_set_batches_and_the_noise_beside_a_mean_stay_as_large():

@@ -51,7 +51,7 @@ def test_real_images_are_spread_over_the_set_and_few_files_opened(run, monkeypat
 
     monkeypatch.setattr(stages, "iter_batches", watched)
     monkeypatch.setattr(stages, "EVALUATED_AT_ONCE", block)
-    images, labels = stages._some_images(prepared, count)
+    images, labels = stages.some_images(prepared, count)
     whole = load_split(prepared, "train")
     places = np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)
     np.testing.assert_array_equal(images, whole.images[places])
@@ -59,7 +59,7 @@ def test_real_images_are_spread_over_the_set_and_few_files_opened(run, monkeypat
     assert len(opened) == len(prepared.paths("train"))
     opened.clear()
     monkeypatch.setattr(stages, "EVALUATED_FILES", 2)
-    images, labels = stages._some_images(prepared, count)
+    images, labels = stages.some_images(prepared, count)
     assert len(images) == len(labels) == min(count, len(whole))
     rows = len(whole) / len(prepared.paths("train"))
     assert len(opened) <= max(2, count // rows + 2)
@@ -95,5 +95,5 @@ def test_too_small_a_test_set_is_refused_before_any_training(run, monkeypatch):
     vars(prepared.manifest)["num_test"] = 1
     monkeypatch.setattr(stages, "open_prepared", lambda folder: prepared)
     monkeypatch.setattr(stages, "measure", lambda *call: pytest.fail("trained"))
-    with pytest.raises(InputError, match="real_test=1 images: expected at least 2; evaluate a larger set"):
+    with pytest.raises(InputError, match="data=1 test images: expected at least 2; hold more out"):
         stages._evaluate(run)

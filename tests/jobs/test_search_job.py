@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_pipeline import _training_workers, charged_steps
 
-from e2h.binding import digest
-from e2h.config import Config
-from e2h.curriculum.search import search_binding, trial_law
+from e2h.config import Config, RunConfig
+from e2h.curriculum.run import open_run
+from e2h.curriculum.search import search_address, trial_law
+from e2h.curriculum.stages import prepare
 from e2h.privacy.keys import derive_key
 from e2h.reporting.check import check
 
@@ -53,9 +56,11 @@ def config_of(*overrides: str) -> Config:
 def secret_of(number: int, *overrides: str) -> str:
     """A secret from which this number of trials is drawn."""
     config = config_of(*overrides)
-    law, bound = trial_law(config), digest(search_binding(config))
+    with tempfile.TemporaryDirectory() as folder, open_run(replace(config, run=RunConfig(folder, "r"))) as run:
+        prepare(run)
+        law, address = trial_law(config), search_address(run)
     drawn = (hashlib.sha256(b"search" + bytes([i])).hexdigest() for i in range(100))
-    return next(one for one in drawn if law.draw(derive_key(bytes.fromhex(one), "search/number", bound)) == number)
+    return next(one for one in drawn if law.draw(derive_key(bytes.fromhex(one), "search/number", address)) == number)
 
 
 class Search:
@@ -266,7 +271,7 @@ def public_images(folder: Path) -> Path:
 
 def test_optuna_on_public_images_costs_nothing_and_the_best_makes_an_ordinary_run(tmp_path: Path) -> None:
     images = public_images(tmp_path / "public")
-    settings = [*TINY, "search.privacy=proxy", "search.sampler=optuna", "search.expected_trials=3", *TWO_AT_A_TIME]
+    settings = [*TINY, "search.privacy=proxy", "search.sampler=optuna", "search.expected_trials=3"]
     settings += ["search.proxy.source=image_folder", f"search.proxy.path={images}"]
     settings += ["search.space={warmup.num_steps:[1,10,20]}"]
     search = Search(tmp_path / "runs", *settings)

@@ -61,5 +61,5 @@ def test_the_smallest_batch_that_is_heard_is_recommended(low, high):
 
 
 def test_too_few_gradients_are_refused():
-    with pytest.raises(InputError, match=r"^scaling\.hours: expected time for 800 gradients, 500 fit; give more hours"):
+    with pytest.raises(InputError, match=r"expected at least 800 gradients, found 500; give more"):
         found(1.0, 500)

@@ -92,7 +92,7 @@ def test_json_brings_back_the_same_law(law):
     [
         ((-1.0, 4.0, 32), "shape=-1.0: expected a number above -1"),
         ((3.0, 0.5, 32), "expected_trials=0.5: expected a number from 1 to"),
-        ((0.0, 8.0, 32), "to 7.885, the mean of K <= 32; change it, or raise max_trials"),
+        ((0.0, 8.0, 32), "to 7.885, the mean of K <= 32; change it, or raise search.max_trials"),
         ((3.0, 4.0, 0), "max_trials=0: expected at least 1"),
         ((POISSON, 0.0, 32), "expected_trials=0.0"),
         ((POISSON, 33.0, 32), "expected_trials=33.0"),

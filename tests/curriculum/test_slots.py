@@ -1,0 +1,48 @@
+"""A record's gradient is the same to the last bit wherever it lies in a unit, and whoever lies beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from e2h.config import FinetuneConfig, ModelConfig
+from e2h.curriculum.batches import make_batch
+from e2h.curriculum.finetune import micro_batch_loss, private_engine
+from e2h.diffusion.networks import UNet
+
+SIZE, DRAWS = 16, 2
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_neither_the_place_nor_the_neighbours_of_a_record_change_its_gradient(device, dtype):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    network = UNet.from_config(ModelConfig(base_width=16, width_multipliers=[1, 1], embedding_width=32), 8, 1, 10, 0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    engine = private_engine(network.to(device), micro_batch_loss, FinetuneConfig(dtype=dtype, noise_multiplicity=DRAWS))
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (SIZE, 8, 8, 1), dtype=np.uint8), np.arange(SIZE) % 10
+
+    def contribution(order: np.ndarray) -> torch.Tensor:
+        """Of record 0, in its place in a unit of this order."""
+        batch = make_batch(images[order], labels[order], order.tolist(), DRAWS, 0.0, 10)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        return engine.accumulate(batch, torch.from_numpy(order == 0).float().to(device)).vector
+
+    found = contribution(np.arange(SIZE))
+    assert found.abs().max() > 0
+    for slot in (1, 5, 8, SIZE - 1):
+        assert torch.equal(contribution(np.roll(np.arange(SIZE), slot)), found), slot
+    others = np.concatenate([[0], rng.permutation(np.arange(1, SIZE))])
+    assert torch.equal(contribution(others), found)
+    torch.set_num_threads(threads)
