@@ -82,16 +82,12 @@ def _evaluate(run: Run) -> Measured:
     return measure(
         read_hf_parquet(sorted(run.synthetic.glob("part-*.parquet"))),
         some_images(prepared, config.evaluation.max_feature_records),
-        _blocks(prepared, "test"),
+        prepared.blocks("test"),
         config.evaluation,
         config.seed,
         facts.class_names,
-        _blocks(prepared, "train"),
+        prepared.blocks("train"),
     )
-
-
-def _blocks(prepared: Prepared, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return ((block.images, block.labels) for block in iter_batches(prepared.paths(split), EVALUATED_AT_ONCE))
 
 
 def some_images(prepared: Prepared, count: int) -> tuple[np.ndarray, np.ndarray]:

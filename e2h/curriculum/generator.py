@@ -47,9 +47,7 @@ class Generator(nn.Module):
         return torch.sigmoid(images[:, :, : self.image_size, : self.image_size])
 
 
-def fit_generator(
-    embeddings: np.ndarray, query: FrequencyQuery, seed: int, progress: Callable[[int], None] = lambda step: None
-) -> Generator:
+def fit_generator(embeddings: np.ndarray, query: FrequencyQuery, seed: int) -> Generator:
     """A generator whose images have these mean embeddings, class by class.
 
     Adam on the squared distance between the released embedding and that of a batch. The distance is unbiased: the
@@ -59,7 +57,6 @@ def fit_generator(
       embeddings: float64 [num_classes, num_features], `FrequencyQuery.embeddings`.
       query: the query they are of; `query.frequency.generator_steps` steps are made.
       seed: public; the same seed and thread count give the same generator.
-      progress: called with the number of finished steps after each.
     """
     steps, features = query.frequency.generator_steps, feature_map(query)
     target = torch.from_numpy(embeddings.astype(np.float32))
@@ -77,7 +74,6 @@ def fit_generator(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        progress(step + 1)
     return generator.eval()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from e2h.config import DataConfig
 from e2h.curriculum.easy import Query, file_sums, mask_key, release_easy_stage
 from e2h.curriculum.run import Run
 from e2h.curriculum.synthesis import Synthesizer, choose_average, num_shards, write_synthetic_grid
@@ -22,7 +23,8 @@ from e2h.curriculum.train import train as train_network
 from e2h.curriculum.warmup import Report
 from e2h.curriculum.workers import Workers
 from e2h.data.filesystem import remove, write_bytes
-from e2h.data.prepare import finish_prepared, prepare_shard
+from e2h.data.prepare import ShardStats, finish_prepared, prepare_shard
+from e2h.data.records import Source
 from e2h.data.sources import open_source
 from e2h.data.storage import Prepared, open_prepared
 from e2h.errors import InputError
@@ -31,14 +33,28 @@ from e2h.privacy.plan import PrivacyPlan, make_plan, read_plan
 Progress = Callable[[str, int], None]
 
 
-def prepare(run: Run) -> Prepared:
-    """Private images in any supported layout -> canonical shards (sensitive)."""
+def prepare_shards(source: Source, data: DataConfig, folder: str) -> list[ShardStats]:
+    """Writes every shard of a source below `folder`, one after the other."""
+    return [prepare_shard(shard, data, folder, index) for index, shard in enumerate(source.shards)]
+
+
+def prepare(run: Run, write: Callable[[Source, DataConfig, str], list[ShardStats]] = prepare_shards) -> Prepared:
+    """Private images in any supported layout -> canonical shards (sensitive); a refusal leaves none of them.
+
+    Args:
+      write: as `prepare_shards`.
+    """
     if not run.done("prepare"):
-        source = open_source(run.config.data)
+        data, folder = run.config.data, str(run.prepared)
+        source = open_source(data)
         remove(run.prepared)
-        shards = enumerate(source.shards)
-        stats = [prepare_shard(shard, run.config.data, str(run.prepared), index) for index, shard in shards]
-        finish_prepared(str(run.prepared), source, run.config.data, stats)
+        try:
+            stats = write(source, data, folder)
+            # Writes `meta.json`, without which nobody takes the folder for a prepared set.
+            finish_prepared(folder, source, data, stats)
+        except BaseException:
+            remove(run.prepared)
+            raise
         run.bind()
         run.mark_done("prepare")
     return open_prepared(run.prepared)

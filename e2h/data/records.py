@@ -67,7 +67,6 @@ class Source:
 
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...]
-    has_split: bool
     num_train: int
     num_test: int
 
@@ -108,8 +107,7 @@ def make_source(shards: Sequence[Shard], class_names: tuple[str, ...], data: Dat
             counts["train"] += len(shard) - held_out
         else:
             counts[shard.split] += len(shard)
-    has_split = any(shard.split != "all" for shard in shards)
-    return Source(tuple(shards), class_names, has_split, counts["train"], counts["test"])
+    return Source(tuple(shards), class_names, counts["train"], counts["test"])
 
 
 def choose_class_names(own: Sequence[str], data: DataConfig, fixed: bool = True) -> tuple[str, ...]:

@@ -74,6 +74,10 @@ class Prepared:
         """The split's files in row order."""
         return [filesystem.join(self.folder, file.name) for file in self.manifest.files[split]]
 
+    def blocks(self, split: str, size: int = BATCH) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Images and labels of the split, at most `size` at a time."""
+        return ((block.images, block.labels) for block in iter_batches(self.paths(split), size))
+
     def shape(self, split: str) -> tuple[int, int, int, int]:
         """[rows, H, W, C] of the split's images."""
         facts = self.manifest

@@ -11,13 +11,11 @@ from functools import partial
 
 from e2h import results
 from e2h.config import expect
+from e2h.curriculum import stages
 from e2h.curriculum.run import Run
 from e2h.curriculum.stages import forget_images_of_other_weights, read_or_make_plan
 from e2h.curriculum.synthesis import choose_average, image_labels, num_shards, write_synthetic_grid
-from e2h.data.filesystem import remove
-from e2h.data.prepare import finish_prepared
 from e2h.data.remote import Place
-from e2h.data.sources import open_source
 from e2h.data.storage import Prepared, open_prepared
 from e2h.distributed import datasets
 from e2h.distributed.capacity import await_nodes
@@ -33,18 +31,7 @@ def prepare(run: Run) -> Prepared:
     """Private images in any supported layout -> canonical shards (sensitive)."""
     if not run.done("prepare"):
         await_nodes(run.config.scaling, run.root)
-        source = open_source(run.config.data)
-        remove(run.prepared)
-        try:
-            stats = datasets.prepare_shards(source, run.config.data, str(run.prepared))
-            # Writes `meta.json`, without which nobody takes the folder for a prepared set.
-            finish_prepared(str(run.prepared), source, run.config.data, stats)
-        except BaseException:
-            remove(run.prepared)
-            raise
-        run.bind()
-        run.mark_done("prepare")
-    prepared = open_prepared(run.prepared)
+    prepared = stages.prepare(run, datasets.prepare_shards)
     facts = prepared.manifest
     rejected = f", {facts.num_rejected} rejected (prepared/rejected.jsonl)" if facts.num_rejected else ""
     shape = f"{facts.image_size}x{facts.image_size}x{facts.channels}"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from e2h.curriculum.machine import machine
 from e2h.curriculum.notes import describe
@@ -30,7 +28,7 @@ from e2h.curriculum.train import easy_images
 from e2h.data.exports import read_hf_parquet
 from e2h.data.filesystem import copy_files, list_files, remove, write_bytes
 from e2h.data.remote import Place
-from e2h.data.storage import Prepared, iter_batches, open_prepared
+from e2h.data.storage import open_prepared
 from e2h.distributed import datasets
 from e2h.distributed.easy import release_easy_stage
 from e2h.distributed.nodes import on_any_node
@@ -41,7 +39,6 @@ from e2h.privacy.keys import derive_key
 from e2h.privacy.scores import Score, central_distance, noisy_accuracy, score_name, stand_in_accuracy
 from e2h.reporting.facts import read_json
 
-SCORED = 1024  # records told apart at a time
 RESULT = "search.json"
 MODEL = ("checkpoints/model.safetensors", "checkpoints/average")  # what a trial's training released
 
@@ -92,7 +89,7 @@ def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
     classes = len(prepared.manifest.class_names)
     predict = fit("logistic_regression", *synthetic, classes, run.config.evaluation.cnn_epochs, run.config.seed)
     if kind == "test":
-        return stand_in_accuracy(predict, _blocks(prepared, "test"))
+        return stand_in_accuracy(predict, prepared.blocks("test"))
     release = trial.plan.release(score_name(share))
     images, labels = synthetic
     made = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
@@ -100,11 +97,7 @@ def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
     domain = run.domain(release.event.to_json(), prepared.manifest.digest, f"{release.name} {machine()} {made}")
     run.ledger.spend(release.name, release.event, domain, 0, 1)
     key = derive_key(run.secret(), "score/noise", domain)
-    return noisy_accuracy(predict, _blocks(prepared, "train"), trial.plan.num_records, release, key)
-
-
-def _blocks(prepared: Prepared, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return ((block.images, block.labels) for block in iter_batches(prepared.paths(split), SCORED))
+    return noisy_accuracy(predict, prepared.blocks("train"), trial.plan.num_records, release, key)
 
 
 def adopt(search: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:

@@ -122,9 +122,7 @@ def drawing(figure: Any, title: str, description: str) -> Drawing:
 
 
 @styled
-def line_chart(
-    points: Sequence[Point], title: str, unit: str = "", x_label: str = "step", target: float | None = None
-) -> Drawing:
+def line_chart(points: Sequence[Point], title: str, unit: str = "", target: float | None = None) -> Drawing:
     """One curve.
 
     Args:
@@ -140,9 +138,9 @@ def line_chart(
         axes.axhline(target, color=WARN, linestyle=(0, (4, 3)), linewidth=1.5)
         axes.annotate(f"target {facts.up(target)}", (0, target), (4, -4), va="top", **IN_AXES)
         axes.set_ylim(0, 1.08 * max(target, *ys))
-    axes.set_xlabel(x_label, loc="right")
+    axes.set_xlabel("step", loc="right")
     axes.locator_params(nbins=5)
-    description = f"From {ys[0]:.4g} at {x_label} {xs[0]:g} to {ys[-1]:.4g} at {x_label} {xs[-1]:g}; "
+    description = f"From {ys[0]:.4g} at step {xs[0]:g} to {ys[-1]:.4g} at step {xs[-1]:g}; "
     description += f"lowest {min(ys):.4g}, highest {max(ys):.4g}{' ' + unit if unit else ''}."
     return drawing(figure, title, description)
 

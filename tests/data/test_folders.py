@@ -37,7 +37,7 @@ def test_one_folder_a_class(tmp_path: Path, write_images) -> None:
     assert source.class_names == ("cats", "dogs")
     assert [(shard.split, len(shard)) for shard in source.shards] == [("all", 10), ("all", 10), ("all", 4)]
     assert source.num_test == sum(is_test(name, data.test_fraction) for name in PETS)
-    assert (source.num_train + source.num_test, source.has_split) == (24, False)
+    assert source.num_train + source.num_test == 24
     assert names_and_labels(data) == {name: int(name.startswith("dogs")) for name in PETS}
     assert decode(next(read_shard(source.shards[0], data)).content).shape == (8, 8, 3)
 
@@ -53,7 +53,7 @@ def test_suffixes_and_hidden_files(tmp_path: Path, write_images) -> None:
 def test_own_split(tmp_path: Path, write_images, test: str) -> None:
     write_images(tmp_path, [f"{split}/{name}" for split in ("train", test) for name in PETS])
     source = open_source(config(tmp_path))
-    assert (source.num_train, source.num_test, source.has_split) == (24, 24, True)
+    assert (source.num_train, source.num_test) == (24, 24)
     assert source.class_names == ("cats", "dogs")
     assert {(shard.split, next(shard.record_names())) for shard in source.shards} == {
         ("train", "train/cats/000.png"),

@@ -24,7 +24,7 @@ def test_records_are_read_in_shards(tmp_path: Path, write_idx, suffix: str) -> N
     arrays = write_idx(tmp_path, {"train": 25, "t10k": 7}, suffix)
     data = config(tmp_path, records_per_shard=10)
     source = open_source(data)
-    assert (source.num_train, source.num_test, source.has_split) == (25, 7, True)
+    assert (source.num_train, source.num_test) == (25, 7)
     assert source.class_names == tuple("0123456789")
     assert [(shard.split, len(shard)) for shard in source.shards] == [
         ("train", 10),

@@ -78,7 +78,6 @@ def test_image_file_of_just_the_raw_length_is_decoded(tmp_path: Path) -> None:
 
 def test_single_file_is_split_by_the_hash_rule(tmp_path: Path, images: np.ndarray) -> None:
     source = open_source(config(write(tmp_path / "train.parquet", images)))
-    assert not source.has_split
     assert source.num_test == sum(is_test(f"train.parquet:{index}", 1 / 6) for index in range(20))
 
 
@@ -95,7 +94,7 @@ def test_own_split(tmp_path: Path, images: np.ndarray, train: str, test: str) ->
     write(tmp_path / train, images[:15])
     write(tmp_path / test, images[15:])
     source = open_source(config(tmp_path))
-    assert (source.num_train, source.num_test, source.has_split) == (15, 5, True)
+    assert (source.num_train, source.num_test) == (15, 5)
     assert [(shard.split, shard.name) for shard in source.shards] == [("train", train), ("test", test)]
 
 
@@ -109,7 +108,6 @@ def test_validation_is_unused_beside_test(tmp_path: Path, images: np.ndarray) ->
 def test_files_without_split_names(tmp_path: Path, images: np.ndarray) -> None:
     write(tmp_path / "values-0.parquet", images[:10])
     write(tmp_path / "values-1.parquet", images[10:])
-    assert not open_source(config(tmp_path)).has_split
     write(tmp_path / "test.parquet", images)
     with pytest.raises(InputError, match="no splits at all"):
         open_source(config(tmp_path))
@@ -184,7 +182,7 @@ def test_missing_image_has_no_content(tmp_path: Path) -> None:
 def test_real_cifar10(shared_data) -> None:
     data = DataConfig(source="parquet", path=str(shared_data("cifar10")), image_size=32, channels=3)
     source = open_source(data)
-    assert (source.num_train, source.num_test, source.has_split) == (50_000, 10_000, True)
+    assert (source.num_train, source.num_test) == (50_000, 10_000)
     assert source.class_names == tuple("0123456789")
     records = list(read_shard(source.shards[2], data))
     assert (records[0].name, len(records)) == ("train.parquet:8192", 4096)

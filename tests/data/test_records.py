@@ -68,7 +68,6 @@ def test_digits_are_listed_and_read() -> None:
     data = DataConfig(records_per_shard=500)
     source = open_source(data)
     assert source.class_names == tuple("0123456789")
-    assert not source.has_split
     assert [len(shard) for shard in source.shards] == [500, 500, 500, 297]
     records = [record for shard in source.shards for record in read_shard(shard, data)]
     assert [record.name for record in records] == [f"digits:{index}" for index in range(1797)]
