@@ -26,7 +26,7 @@ from e2h.distributed.preflight import dry_run, search_dry_run
 from e2h.distributed.session import session
 from e2h.validation import validate
 
-DONE, FAULT, BAD_INPUT, NO_BUDGET = 0, 1, 2, 3
+DONE, FAULT, BAD_INPUT, NO_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def job(stages: Callable[[Run], None], searches: bool = False) -> None:
@@ -42,7 +42,7 @@ def job(stages: Callable[[Run], None], searches: bool = False) -> None:
 def configured(action: Callable[[Config], int]) -> None:
     """Calls `action` with the configuration of the command line, and exits with its code, or with one of these:
 
-    0 done; 2 bad configuration or input; 3 the privacy budget refuses; 1 anything else (one line, and
+    0 done; 2 bad configuration or input; 3 the privacy budget refuses; 130 Ctrl-C; 1 anything else (one line, and
     the tracebacks in the run's `failure.txt`; outside a run with its traceback).
     """
     if {"-h", "--help"} & set(sys.argv):
@@ -66,6 +66,8 @@ def configured(action: Callable[[Config], int]) -> None:
             code = action(_checked(values))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(_explain(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        _refuse("stopped; the same command goes on", INTERRUPTED)
     except RunFailedError as error:
         _refuse(str(error), FAULT)
     except Exception as error:

@@ -119,6 +119,16 @@ def test_a_search_that_may_not_be_is_refused_in_one_line(refused, case):
     assert said in line
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(config: Config) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["pipeline.py"])
+    with pytest.raises(SystemExit) as ended:
+        entry.configured(interrupted)
+    assert (ended.value.code, capsys.readouterr().err) == (130, "e2h: stopped; the same command goes on\n")
+
+
 def test_the_pipeline_does_not_search(refused):
     code, line = refused("search.privacy=selection", searching=False)
     assert code == 2
