@@ -9,7 +9,7 @@ BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
 help:
 	@echo 'make demo    private digits to a publishable synthetic set, in runs/; ARGS="privacy.epsilon=1"'
-	@echo 'make test    the tests; ARGS="tests/privacy -k ledger", "-m long" for those of a minute or more, "-m chaos" for kills on a cluster'
+	@echo 'make test    the tests; ARGS="tests/privacy -k ledger", "-m long" for those of a minute or more, "-m chaos" for clusters, searches and faults, an hour'
 	@echo 'make lint    style, types, and the lock against pyproject.toml and the environment'
 	@echo 'make bench   every program in benchmarks/, on its quick setting'
 	@echo 'make docs    the documents as a site in build/site'

@@ -12,7 +12,7 @@ import pytest
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_kills_cost_neither_privacy_nor_bits():
     run = subprocess.run(
         [sys.executable, str(CHAOS), "--kills", "3", "--json"], capture_output=True, text=True, timeout=800, check=False

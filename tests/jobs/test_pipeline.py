@@ -165,6 +165,7 @@ def test_changed_configuration_is_refused_with_both_values(undisturbed: tuple[Pa
     assert "Traceback" not in out + err
 
 
+@pytest.mark.chaos
 def test_one_worker_equals_two_after_twenty_steps(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
     # Two workers choose units of 8 images, one alone would choose 16.
     finish(start(tmp_path / "runs", "scaling.num_workers=1", "scaling.physical_batch_size=8", job="train"))

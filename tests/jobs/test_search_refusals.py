@@ -87,7 +87,7 @@ CASES = {
         ["search.privacy=compose", "search.expected_trials=2.5"],
         "search.expected_trials=2.5: expected a whole number of at least 1",
     ),
-    "no law": (["search.privacy=selection", "search.max_trials=4"], "raise max_trials"),
+    "no law": (["search.privacy=selection", "search.max_trials=4"], "raise search.max_trials"),
     "a private setting": (
         ["search.privacy=selection", "search.space={privacy.epsilon:[1,2]}"],
         "search.space=privacy.epsilon: expected a setting of model, central, warmup, frequency, finetune, sampling",

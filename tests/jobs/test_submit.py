@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from job_calls import ROOT, SMALL
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
