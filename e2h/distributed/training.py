@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -70,11 +72,25 @@ def _fit(run: Run, release: Release, until: int | None, storage: str) -> None:
         try:
             trainer = _trainer(run, release, until, storage)
             with _short_attempts(run.config.scaling):
-                trainer.fit()
+                _interruptible(trainer.fit)
             return
         except ControllerError as error:
             if left == 0 or isinstance(error.controller_failure, InputError):
                 raise error.controller_failure from None
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Runs `work` in a thread: in the main one Ray Train takes Ctrl-C for itself, and ends a minute later, silent."""
+    outcome: Future[object] = Future()
+
+    def do() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=do, name="fit", daemon=True).start()
+    outcome.result()
 
 
 def _trainer(run: Run, release: Release, until: int | None, storage: str) -> TorchTrainer:

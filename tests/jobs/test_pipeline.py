@@ -31,6 +31,8 @@ def start(storage: Path, *overrides: str, job: str = "pipeline") -> subprocess.P
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever runs the tests in the background has Ctrl-C ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -185,6 +187,17 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_is_resumed_by_the_same_
     finish(start(tmp_path / "runs", job="train"))
     assert charged_steps(root, "finetune") == list(range(20))
     assert same_weights(undisturbed[0], root)
+
+
+@pytest.mark.chaos
+def test_ctrl_c_ends_in_seconds_with_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path / "runs", job="train")
+    wait_for_step(tmp_path / "runs" / "r", 4)
+    stopped = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "e2h: stopped; the same command goes on\n")
+    assert time.monotonic() - stopped < 60
 
 
 def _training_workers(driver: int) -> list[int]:
