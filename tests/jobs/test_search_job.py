@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_pipeline import _training_workers, charged_steps
 
-from e2h.config import Config, RunConfig
-from e2h.curriculum.run import open_run
+from e2h.config import Config
+from e2h.curriculum.run import Run
 from e2h.curriculum.search import search_address, trial_law
 from e2h.curriculum.stages import prepare
 from e2h.privacy.keys import derive_key
@@ -56,7 +55,8 @@ def config_of(*overrides: str) -> Config:
 def secret_of(number: int, *overrides: str) -> str:
     """A secret from which this number of trials is drawn."""
     config = config_of(*overrides)
-    with tempfile.TemporaryDirectory() as folder, open_run(replace(config, run=RunConfig(folder, "r"))) as run:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), config)
         prepare(run)
         law, address = trial_law(config), search_address(run)
     drawn = (hashlib.sha256(b"search" + bytes([i])).hexdigest() for i in range(100))
