@@ -14,7 +14,7 @@ from e2h.data.filesystem import remove
 from e2h.data.prepare import finish_prepared
 from e2h.data.records import Source, make_source
 from e2h.data.sources import open_source
-from e2h.data.storage import Prepared, iter_batches, open_prepared
+from e2h.data.storage import Prepared, open_prepared
 from e2h.distributed import datasets
 from e2h.privacy.events import Release
 from e2h.privacy.plan import PrivacyPlan, plan_of
@@ -60,8 +60,8 @@ def shared_images(private: Prepared, stand_in: Prepared) -> float:
     images, _ = some_images(private, SAMPLED)
     own = {_digest(image) for image in images if image.min() < image.max()}
     seen: set[bytes] = set()
-    for block in iter_batches(stand_in.paths("train"), SAMPLED):
-        seen |= own & {_digest(image) for image in block.images}
+    for block, _ in stand_in.blocks("train"):
+        seen |= own & {_digest(image) for image in block}
     return len(seen) / max(1, len(own))
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import e2h
 from e2h.config import NOT_PRIVATE
 from e2h.reporting import facts
-from e2h.reporting.recompute import recipe
+from e2h.reporting.recompute import recipe, selected
 
 
 def card(plan: Mapping[str, Any], config: Mapping[str, Any], num_images: int, num_bytes: int) -> str:
@@ -36,6 +36,7 @@ def card(plan: Mapping[str, Any], config: Mapping[str, Any], num_images: int, nu
         relation=facts.RELATIONS.get(plan["neighbouring_relation"], plan["neighbouring_relation"]),
         banner=NOT_PRIVATE if plan["not_private"] else None,
         recipe=recipe(plan),
+        selected=selected(plan),
         version=e2h.__version__,
     )
 

@@ -153,11 +153,6 @@ def _row(name: str, event: Mapping[str, Any], where: str = "") -> dict[str, str]
     }
 
 
-def selected(plan: Mapping[str, Any]) -> bool:
-    """Whether a release is the best of a random number of trials, of which dp_accounting alone knows no bound."""
-    return any(release["event"]["type"] == "selection" for release in plan["releases"])
-
-
 def choice(plan: Mapping[str, Any]) -> str:
     """How the settings were chosen and who paid, in a sentence or two."""
     tuning = plan.get("tuning")

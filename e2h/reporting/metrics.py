@@ -129,8 +129,8 @@ class MetricWriter:
         return EventFile(path, self._target / "tb" / folder, partial(_event_time, release_class))
 
     def _append(self, name: str, metric: Metric, value: object, step: int) -> None:
-        row = {"name": name, "value": value, "step": int(step), "class": str(metric.release_class)}
-        row["time"] = time.time()
+        kind = str(metric.release_class)
+        row = {"name": name, "value": value, "step": int(step), "class": kind, "time": time.time()}
         if self._not_private:
             row["not_private"] = True
         # One write call a line: lines of several processes don't mix.

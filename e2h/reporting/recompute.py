@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from e2h.errors import InputError
-from e2h.reporting.facts import selected
 
 TOLERANCE = 1e-6
 
@@ -56,6 +55,11 @@ def recipe(plan: Mapping[str, Any]) -> str:
     if selected(plan):
         return _SEARCH_RECIPE
     return _RECIPE.format(accountant=_ACCOUNTANTS[plan["accountant"]])
+
+
+def selected(plan: Mapping[str, Any]) -> bool:
+    """Whether a release is the best of a random number of trials, of which dp_accounting alone knows no bound."""
+    return any(release["event"]["type"] == "selection" for release in plan["releases"])
 
 
 def read_ledger(path: str | os.PathLike[str]) -> dict[str, Any]:

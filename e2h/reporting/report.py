@@ -17,7 +17,7 @@ from e2h.reporting.metrics import METRICS, ReleaseClass, read_curves
 from e2h.reporting.pictures import class_strips
 from e2h.reporting.privacy_curves import best_guess
 from e2h.reporting.privacy_figures import privacy_figures
-from e2h.reporting.recompute import recipe
+from e2h.reporting.recompute import recipe, selected
 from e2h.reporting.utility import utility
 
 
@@ -58,6 +58,7 @@ def render(run_dir: Path, internal: bool) -> str:
         search=_search(run_dir),
         searched=facts.searched(config),
         recipe=recipe(plan),
+        selected=selected(plan),
         version=e2h.__version__,
     )
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from test_api_run import SMALL
 
 from e2h import run
 from e2h.config import NOT_PRIVATE
@@ -17,24 +18,13 @@ from e2h.reporting.check import check
 pytestmark = pytest.mark.slow
 # Nothing to take for images: markers, a checksum, an array that has no place for a note.
 PLAIN = ("_SUCCESS.json", "weights.sha256", "embeddings.npy")
-SMALL = {
-    "privacy.epsilon": 1.0,
+BOTH_EASY_STAGES = {
     "curriculum": ["central", "frequency"],
-    "model.base_width": 8,
-    "model.width_multipliers": [1],
-    "model.attention_resolutions": [],
-    "model.embedding_width": 16,
     "warmup.num_steps": 2,
     "frequency.num_features": 20,
     "frequency.generator_steps": 4,
     "frequency.num_images": 20,
     "frequency.warmup.num_steps": 2,
-    "finetune.num_steps": 2,
-    "finetune.expected_batch_size": 20,
-    "finetune.noise_multiplicity": 1,
-    "sampling.num_images": 20,
-    "sampling.num_steps": 3,
-    "evaluation.enabled": False,
 }
 
 
@@ -52,7 +42,7 @@ def stamped(path: Path) -> bool:
 
 
 def test_every_artefact_of_a_run_in_test_mode_is_stamped(tmp_path):
-    run({**SMALL, "privacy.test_mode": True, "run.storage": str(tmp_path)})
+    run({**SMALL, **BOTH_EASY_STAGES, "privacy.test_mode": True, "run.storage": str(tmp_path)})
     root = tmp_path / "digits-eps1-central-frequency-seed0-NOT-PRIVATE"
     folders = [root / name for name in ("central", "frequency", "synthetic", "release")]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
