@@ -1,4 +1,4 @@
-"""The audit of a configuration: both mechanisms on canaries and random records, four tiers, one verdict.
+"""The audit of a configuration: its mechanisms on canaries and random records, four tiers, one verdict.
 
 It audits the code path with the configured network, clip norms and settings, not the data and not a run. The claim is
 the audit's own: each mechanism gets the noise that the accountant asks for at epsilon 1 (see `Subject`).
@@ -17,13 +17,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from e2h.config import expect
-from e2h.curriculum import audit_central, audit_gradient
+from e2h.curriculum import audit_central, audit_frequency, audit_gradient
 from e2h.curriculum.canaries import Subject, canary_network
 from e2h.curriculum.workers import Workers
 from e2h.privacy.accounting import calibrate
 from e2h.privacy.audit import Evidence, Tier, judge
 from e2h.privacy.events import PoissonSampledGaussian, Release
 
+QUERIES = {"central": (audit_central, "central query"), "frequency": (audit_frequency, "query of mean embeddings")}
 TIERS = ("noise", "coupled", "sampler", "one_run")
 CONFIDENCE = 0.95
 NUM_WORKERS = 2  # faults of a group don't show in one process
@@ -33,7 +34,7 @@ Mechanisms = dict[str, dict[str, Tier]]
 
 
 def audit(subject: Subject, secret: bytes, progress: Callable[[str], None]) -> Mechanisms:
-    """All tiers, by mechanism: `gradient`, and `central` where the easy stage is on.
+    """All tiers, by mechanism: `gradient`, and the easy stages that are on.
 
     Args:
       secret: 32 fresh random bytes.
@@ -42,18 +43,18 @@ def audit(subject: Subject, secret: bytes, progress: Callable[[str], None]) -> M
     Raises:
       InputError: if the configured network can't be built or audited.
     """
-    size, easy_stage, found = subject.config.data.image_size, "central" in subject.config.curriculum, {}
+    size, easy_stages, found = subject.config.data.image_size, subject.config.curriculum, {}
     expect(size >= 2, "data.image_size", size, "at least 2: canaries are marked by three pixels")
-    confidence = 1 - (1 - CONFIDENCE) / (2 if easy_stage else 1)  # of both together
+    confidence = 1 - (1 - CONFIDENCE) / (1 + len(easy_stages))  # of all together
     progress(f"DP-SGD on {NUM_WORKERS} workers")
     release = calibrated(subject, "finetune", audit_gradient.event_to_audit(subject))
     canary_network(subject)  # refused here where it can't be built, in one line
     found["gradient"] = judge(in_a_group(subject, release, secret), release, subject.delta, confidence)
-    if easy_stage:
-        progress("central query")
-        release = calibrated(subject, "central", audit_central.event_to_audit(subject))
-        seen = audit_central.observe(subject, release, secret)
-        found["central"] = judge(seen, release, subject.delta, confidence)
+    for stage in easy_stages:
+        query, name = QUERIES[stage]
+        progress(name)
+        release = calibrated(subject, stage, query.event_to_audit(subject))
+        found[stage] = judge(query.observe(subject, release, secret), release, subject.delta, confidence)
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from e2h.curriculum.canaries import Subject
 from e2h.curriculum.central import GRID_BITS, CentralQuery
+from e2h.curriculum.frequency import FrequencyQuery
 from e2h.privacy.audit import Evidence
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.keys import derive_key
@@ -115,7 +116,7 @@ def observe(subject: Subject, release: Release, secret: bytes) -> Evidence:
         square_sums=(sample**2).sum(axis=0),
         sample=sample,
         releases_agree=True,
-        distances=coupled_distances(subject, release, secret),
+        distances=coupled_distances(subject, _configured(subject, release.event), secret),
         draws=draws,
         draws_agree=True,
         entered_as_drawn=np.array_equal(draws, drawn),
@@ -124,10 +125,16 @@ def observe(subject: Subject, release: Release, secret: bytes) -> Evidence:
     )
 
 
-def coupled_distances(subject: Subject, release: Release, secret: bytes) -> dict[str, float]:
-    """How far a round of the configured query moves when one record is replaced by nothing, by kind; same keys."""
-    event, data, num_classes = replace(release.event, count=1), subject.config.data, subject.num_classes
-    query = CentralQuery(subject.config.central, event, data.image_size, data.channels, num_classes, PUBLIC_RECORDS)
+def _configured(subject: Subject, event: PoissonSampledGaussian) -> CentralQuery:
+    """A round of the configured query."""
+    data, once = subject.config.data, replace(event, count=1)
+    shape = data.image_size, data.channels, subject.num_classes
+    return CentralQuery(subject.config.central, once, *shape, PUBLIC_RECORDS)
+
+
+def coupled_distances(subject: Subject, query: CentralQuery | FrequencyQuery, secret: bytes) -> dict[str, float]:
+    """How far a round of the query moves when one record is replaced by nothing, by kind of record; same keys."""
+    data, num_classes, q = subject.config.data, subject.num_classes, query.event.sampling_prob
     masks, noise = (derive_key(secret, f"audit/coupled {purpose}") for purpose in ("masks", "noise"))
     rng = np.random.default_rng(list(derive_key(secret, "audit/coupled records")))
     images = rng.integers(0, 256, (NUM_OTHERS + 1, data.image_size, data.image_size, data.channels), dtype=np.uint8)
@@ -135,7 +142,7 @@ def coupled_distances(subject: Subject, release: Release, secret: bytes) -> dict
     ids = rng.choice(2**62, NUM_OTHERS + 1, replace=False)
     # The record that comes and goes is in the middle, and among those that join.
     middle = NUM_OTHERS // 2
-    ids[middle] = next(one for one in range(10**6) if poisson_mask(masks, 0, np.array([one]), event.sampling_prob)[0])
+    ids[middle] = next(one for one in range(10**6) if poisson_mask(masks, 0, np.array([one]), q)[0])
     others, distances = np.arange(NUM_OTHERS + 1) != middle, {}
     for kind, image in {"black image": 0, "white image": 255, "random image": images[middle]}.items():
         images[middle] = image

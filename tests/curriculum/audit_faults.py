@@ -8,7 +8,9 @@ import torch
 
 from e2h.curriculum import central as central_module
 from e2h.curriculum import finetune as finetune_module
+from e2h.curriculum import frequency as frequency_module
 from e2h.curriculum.central import GRID_BITS, CentralQuery, pool
+from e2h.curriculum.frequency import FrequencyQuery
 from e2h.curriculum.learner import PrivateRun
 from e2h.privacy import dpsgd
 from e2h.privacy import optimizer as optimizer_module
@@ -21,7 +23,7 @@ Patch = pytest.MonkeyPatch
 
 
 def no_noise(patch: Patch) -> None:
-    for module in (optimizer_module, central_module):
+    for module in (optimizer_module, central_module, frequency_module):
         patch.setattr(module, "gaussian_noise", lambda key, start, stop, deviation: np.zeros(stop - start, np.int64))
 
 
@@ -176,6 +178,34 @@ def reused_noise_of_images(patch: Patch) -> None:
     patch.setattr(CentralQuery, "release", release)
 
 
+def unbounded_features(patch: Patch) -> None:
+    """Cosines and sines without the factor that makes a row's norm 1."""
+    real = FrequencyQuery.encode
+    patch.setattr(FrequencyQuery, "encode", lambda self, images: real(self, images) * 3)
+
+
+def realised_count_of_embeddings(patch: Patch) -> None:
+    """Each class's mean over the records that it has, scaled to the expected number."""
+    real = FrequencyQuery.partial_sums
+
+    def sums(self, images, labels, *others):
+        scale = self.expected_count / np.maximum(np.bincount(labels, minlength=self.num_classes), 1)
+        total = real(self, images, labels, *others)
+        total[:] = np.rint(total * scale[:, None])
+        return total
+
+    patch.setattr(FrequencyQuery, "partial_sums", sums)
+
+
+def last_record_of_a_block_left_out(patch: Patch) -> None:
+    real = FrequencyQuery.partial_sums
+
+    def sums(self, images, labels, *others):
+        return real(self, images[:-1], labels[:-1], *others)
+
+    patch.setattr(FrequencyQuery, "partial_sums", sums)
+
+
 # Which tier must find it.
 GRADIENT_FAULTS = {
     "noise": [
@@ -194,5 +224,11 @@ CENTRAL_FAULTS = {
     "noise": [no_noise, reused_noise_of_images],
     "coupled": [no_clipping_of_images, realised_count_of_images],
     "sampler": [same_masks_of_images],
+    "one_run": [no_noise],
+}
+FREQUENCY_FAULTS = {
+    "noise": [no_noise],
+    "coupled": [unbounded_features, realised_count_of_embeddings],
+    "sampler": [last_record_of_a_block_left_out],
     "one_run": [no_noise],
 }

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import small_runs
-from audit_faults import CENTRAL_FAULTS, GRADIENT_FAULTS
+from audit_faults import CENTRAL_FAULTS, FREQUENCY_FAULTS, GRADIENT_FAULTS
 from small_runs import MODEL
 
-from e2h.config import CentralConfig, Config, FinetuneConfig, PrivacyConfig
-from e2h.curriculum import audit_central, audit_gradient
+from e2h.config import CentralConfig, Config, FinetuneConfig, FrequencyConfig, PrivacyConfig
+from e2h.curriculum import audit_central, audit_frequency, audit_gradient
 from e2h.curriculum.audit import TIERS, calibrated, passed, report, summary
 from e2h.curriculum.canaries import Subject
 from e2h.curriculum.workers import Workers
@@ -160,6 +160,26 @@ def test_canaries_of_every_query_show_missing_noise(monkeypatch, settings):
     no_noise(monkeypatch)
     figures = judged_query(subject, release)["one_run"].figures
     assert figures["epsilon_lower_bound"] > 2 * figures["epsilon_claimed"]
+
+
+def judged_embeddings(num_canaries: int = 400, **settings) -> dict[str, Tier]:
+    config = Config(frequency=FrequencyConfig(**{"num_features": 200, **settings}))
+    subject = replace(SUBJECT, config=config, num_canaries=num_canaries)
+    release = calibrated(subject, "frequency", audit_frequency.event_to_audit(subject))
+    return judged(audit_frequency.observe(subject, release, SECRET), release)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_features": 2, "bandwidth": 1.0}], ids=["default", "one wave"])
+def test_the_query_of_mean_embeddings_passes(settings):
+    tiers = judged_embeddings(**settings)
+    assert faults_of(tiers) == []
+    assert 0.99 < max(tiers["coupled"].figures.values()) <= 1
+
+
+@pytest.mark.parametrize(("tier", "fault"), cases(FREQUENCY_FAULTS))
+def test_a_fault_of_the_query_of_mean_embeddings_is_found_by_its_tier(monkeypatch, tier, fault):
+    fault(monkeypatch)
+    assert not judged_embeddings()[tier].passed
 
 
 def test_report_and_summary_name_the_failed_tier():

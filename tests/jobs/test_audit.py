@@ -10,7 +10,7 @@ import pytest
 
 # The demo's settings with a smaller network.
 SMALL = ("model.base_width=8", "model.width_multipliers=[1]", "model.attention_resolutions=[]")
-RUN = "digits-eps10-seed0"
+RUN = "digits-eps10-central-frequency-seed0"
 # Found by every Python process of the job, the spawned workers included.
 HALF_THE_NOISE = """
 import e2h.privacy.noise as noise
@@ -25,13 +25,13 @@ def files(tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_program_passes_and_leaves_one_file(run_job, tmp_path):
-    done = run_job("audit", *SMALL)
+    done = run_job("audit", *SMALL, "curriculum=[central,frequency]")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = [line.split()[:2] for line in done.stdout.splitlines()]
-    assert lines[:2] == [["audit", "DP-SGD"], ["audit", "central"]]
-    assert lines[2:6] == [[tier, "pass"] for tier in ("noise", "coupled", "sampler", "one_run")]
-    assert lines[6] == ["audit", "passed;"]
+    assert lines[:3] == [["audit", "DP-SGD"], ["audit", "central"], ["audit", "query"]]
+    assert lines[3:7] == [[tier, "pass"] for tier in ("noise", "coupled", "sampler", "one_run")]
+    assert lines[7] == ["audit", "passed;"]
     assert files(tmp_path) == [f"{RUN}/audit.json"]  # no binding, no ledger, no secret
     written = json.loads((tmp_path / "runs" / RUN / "audit.json").read_text())
     assert list(written) == ["epsilon_claimed", "epsilon_lower_bound", "confidence", "tiers", "ceiling"]
@@ -41,7 +41,7 @@ def test_the_program_passes_and_leaves_one_file(run_job, tmp_path):
     for tier in written["tiers"].values():
         assert tier["passed"]
         assert tier["false_alarm_rate"] <= 0.05 + 1e-12
-        assert {"gradient", "central"} <= tier.keys()
+        assert {"gradient", "central", "frequency"} <= tier.keys()
 
 
 @pytest.mark.slow
