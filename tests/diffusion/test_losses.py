@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from e2h.diffusion.losses import draw_noise_levels, edm_loss, micro_batch_loss
 from e2h.diffusion.precond import SIGMA_DATA, denoise, run_network
@@ -74,10 +75,19 @@ def test_denoiser_keeps_clean_images_and_leaves_noise_to_the_network():
 
 @pytest.mark.parametrize(("factor", "accepted"), [(1.0, True), (1.05, False)])
 def test_noise_levels_are_log_normal(factor, accepted):
-    draws = factor * draw_noise_levels((40, 1000), torch.Generator().manual_seed(0)).log().double()
+    draws = factor * draw_noise_levels((40000, 1), torch.Generator().manual_seed(0)).log().double()
     z_mean = (float(draws.mean()) + 1.2) / (1.2 / math.sqrt(draws.numel()))
     z_std = (float(draws.std()) - 1.2) / (1.2 / math.sqrt(2 * draws.numel()))
     assert (abs(z_mean) < 4 and abs(z_std) < 4) == accepted
+
+
+@pytest.mark.parametrize("num_draws", [1, 3, 32])
+def test_noise_levels_of_a_record_lie_one_in_each_range(num_draws):
+    draws = draw_noise_levels((2000, num_draws), torch.Generator().manual_seed(0)).double()
+    ranks = torch.special.ndtr((draws.log() + 1.2) / 1.2) * num_draws
+    assert torch.equal(ranks.floor(), torch.arange(num_draws).double().expand(2000, -1))
+    inside = (ranks - ranks.floor()).flatten()
+    assert stats.kstest(inside.numpy(), "uniform").pvalue > 1e-6
 
 
 def test_noise_levels_come_from_the_given_generator():
