@@ -24,6 +24,7 @@ from e2h.errors import InputError
 SPLITS = ("train", "test")
 FORMAT = "e2h-prepared/1"
 BATCH = 1024  # rows read at a time
+DAMAGED = "expected the bytes that were written; delete the folder that it is in, and the same command makes it again"
 ROW_GROUP_BYTES = 16 * 2**20  # of pixels
 
 Row = tuple[int, int, bytes]  # id, label, pixels (HWC)
@@ -147,7 +148,9 @@ def row_writer(
     dictionary = ["label"]
     with (
         filesystem.atomic_writer(location) as file,
-        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=dictionary) as parquet,
+        pq.ParquetWriter(
+            file, schema, compression="zstd", use_dictionary=dictionary, write_page_checksum=True
+        ) as parquet,
     ):
         writer = RowWriter(parquet)
         yield writer
@@ -156,8 +159,25 @@ def row_writer(
 
 def read_ids(location: filesystem.Location) -> np.ndarray:
     """The ids of one shard, int64 [N]; nothing else is read."""
-    with filesystem.open_input(location) as file:
-        return pq.ParquetFile(file).read(columns=["id"])["id"].to_numpy()
+    with open_shard(location) as shard:
+        return shard.read(columns=["id"])["id"].to_numpy()
+
+
+@contextmanager
+def open_shard(location: filesystem.Location) -> Iterator[pq.ParquetFile]:
+    """A shard to read within the block.
+
+    Raises:
+      InputError: where its bytes are not those that were written.
+    """
+    try:
+        with filesystem.open_input(location) as file:
+            yield pq.ParquetFile(file, page_checksum_verification=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        filesystem.read_bytes(location)  # what the disk or the network refuses is said as it is
+        raise InputError(f"file={location}: {DAMAGED}") from error
 
 
 def write_manifest(folder: filesystem.Location, manifest: Manifest) -> None:
@@ -195,8 +215,7 @@ def iter_batches(files: Iterable[filesystem.Location], batch_size: int) -> Itera
     A batch never spans two files. Memory stays at about one batch (plus one compressed row group).
     """
     for location in files:
-        with filesystem.open_input(location) as stream:
-            file = pq.ParquetFile(stream)
+        with open_shard(location) as file:
             facts = json.loads(file.schema_arrow.metadata[b"e2h"])
             shape = (-1, facts["image_size"], facts["image_size"], facts["channels"])
             for batch in file.iter_batches(batch_size=batch_size):
@@ -227,8 +246,8 @@ def load_labels(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]
     """Ids and labels of a split, both int64 [N]."""
     ids, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for location in prepared.paths(split):
-        with filesystem.open_input(location) as stream:
-            table = pq.ParquetFile(stream).read(columns=["id", "label"])
-        ids.append(table["id"].to_numpy())
-        labels.append(table["label"].to_numpy())
+        with open_shard(location) as shard:
+            table = shard.read(columns=["id", "label"])
+            ids.append(table["id"].to_numpy())
+            labels.append(table["label"].to_numpy())
     return np.concatenate(ids), np.concatenate(labels)

@@ -50,6 +50,42 @@ def test_batches_are_the_split_in_order(prepared: Prepared, batch_size: int) -> 
         np.testing.assert_array_equal(np.concatenate([getattr(batch, name) for batch in batches]), getattr(whole, name))
 
 
+def flipped(written: bytes, place: int) -> bytes:
+    return written[:place] + bytes([written[place] ^ 4]) + written[place + 1 :]
+
+
+def content(prepared: Prepared) -> list[bytes]:
+    rows = load_split(prepared, "train")
+    return [column.tobytes() for column in (rows.ids, rows.labels, rows.images)]
+
+
+def read_outcome(prepared: Prepared, whole: list[bytes]) -> str:
+    """What reading the split gives: the same records, a refusal that names the file, or something else."""
+    try:
+        return "same" if content(prepared) == whole else "other records"
+    except InputError as error:
+        return "refused" if f"file={prepared.paths('train')[0]}: expected the bytes" in str(error) else str(error)
+
+
+def test_a_changed_bit_in_an_image_is_refused(prepared: Prepared) -> None:
+    whole, path = content(prepared), Path(prepared.paths("train")[0])
+    written, images = path.read_bytes(), pq.read_metadata(path).row_group(0).column(2)
+    end = images.data_page_offset + images.total_compressed_size
+    assert images.total_compressed_size > 500
+    for place in range(end - 400, end, 8):
+        path.write_bytes(flipped(written, place))
+        assert read_outcome(prepared, whole) == "refused"
+    path.write_bytes(written)
+    assert read_outcome(prepared, whole) == "same"
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, -9, -1])
+def test_a_cut_file_is_refused_by_name(prepared: Prepared, length: int) -> None:
+    path = Path(prepared.paths("train")[0])
+    path.write_bytes(path.read_bytes()[:length])
+    assert read_outcome(prepared, []) == "refused"
+
+
 def test_dtypes_and_shapes(prepared: Prepared) -> None:
     rows = load_split(prepared, "train")
     assert (rows.ids.dtype, rows.labels.dtype, rows.images.dtype) == (np.int64, np.int64, np.uint8)
