@@ -62,7 +62,7 @@ def await_workers(scaling: ScalingConfig) -> None:
     Raises:
       InputError: if the time is over, or the autoscaler says that the room can never come.
     """
-    limit, begun, said = _timeout_s(), time.monotonic(), ""
+    limit, begun, said = start_timeout_s(), time.monotonic(), ""
     group = placement_group([_worker(scaling)] * _fewest(scaling))
     try:
         while not group.wait(POLL_S):
@@ -105,7 +105,8 @@ def _refuse(scaling: ScalingConfig, expectation: str) -> None:
     expect(False, "scaling.num_workers", scaling.num_workers, f"{expectation} (a worker takes {each})", advice)
 
 
-def _timeout_s() -> float:
+def start_timeout_s() -> float:
+    """How long a group of workers may wait for its nodes."""
     given = os.environ.get(START_TIMEOUT, f"{START_TIMEOUT_S:g}")
     try:
         return float(given)

@@ -25,7 +25,7 @@ from e2h.curriculum.train import train
 from e2h.curriculum.workers import Workers
 from e2h.data.filesystem import remove, write_bytes
 from e2h.data.remote import Place
-from e2h.distributed.capacity import START_TIMEOUT, START_TIMEOUT_S
+from e2h.distributed.capacity import START_TIMEOUT, start_timeout_s
 from e2h.distributed.deadline import StartDeadline
 from e2h.distributed.failures import budget_refusal, refusal
 from e2h.distributed.progress import PROGRESS_FILE, Progress
@@ -112,8 +112,7 @@ def _trainer(run: Run, release: Release, until: int | None, storage: str) -> Tor
 
 
 def _deadline(scaling: ScalingConfig) -> StartDeadline:
-    limit = float(os.environ.get(START_TIMEOUT, START_TIMEOUT_S))
-    name, fewest = ("num_workers", scaling.num_workers)
+    limit, name, fewest = start_timeout_s(), "num_workers", scaling.num_workers
     if scaling.min_workers is not None:
         name, fewest = ("min_workers", scaling.min_workers)
     return StartDeadline(
