@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from usage import usage
+from words import check_words
 
 from e2h.binding import differences
 from e2h.config import Config, expect
@@ -46,6 +48,7 @@ def configured(action: Callable[[Config], int]) -> None:
     the tracebacks in the run's `failure.txt`; outside a run with its traceback).
     """
     if {"-h", "--help"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
         print(usage(f"jobs/{Path(sys.argv[0]).name}", sys.modules["__main__"].__doc__ or ""))
         sys.exit(DONE)
     code = DONE
@@ -60,6 +63,7 @@ def configured(action: Callable[[Config], int]) -> None:
         composed.append(values)
 
     try:
+        check_words(sys.argv[1:])
         compose()
         # Empty after --help or --cfg, which Hydra answers itself.
         for values in composed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -174,8 +175,13 @@ def _check_rejected(
     raise InputError(
         f"data.max_rejected_fraction={data.max_rejected_fraction}: expected at most this share of corrupt images, "
         f"found {len(rejected)} of {num_listed} ({share:.2%}): {shown}{', ...' if len(rejected) > SHOWN else ''}; "
-        f"all are listed in {where}; repair or remove them"
+        f"all are listed in {where}; repair or remove them, or skip them: data.max_rejected_fraction={_above(share):g}"
     )
+
+
+def _above(share: float) -> float:
+    """The share, rounded up to four digits after the point."""
+    return math.ceil(share * 1e4) / 1e4
 
 
 def _write_rejected(location: str, rejected: list[dict[str, str]]) -> None:

@@ -33,7 +33,7 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float]) -> None:
     print(f"{'':<10} {'release':<10}{'q':>9}{'steps':>8}{'noise':>10}{'epsilon alone':>15}")
     for release, alone in zip(plan.releases, epsilons_alone, strict=True):
         print(f"{'':<10} {release.name:<10}{_mechanism(release)}{alone:>15.4f}")
-    print(f"{'':<10} RDP, the cross-check, says {plan.bound.epsilon_rdp:.4f}", flush=True)
+    print(f"{'':<10} RDP, mostly a looser bound, says {plan.bound.epsilon_rdp:.4f}", flush=True)
     for warning in plan.warnings:
         say("warning", warning)
 

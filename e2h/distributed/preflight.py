@@ -13,6 +13,7 @@ from e2h.curriculum.run import Run, check_binding
 from e2h.curriculum.search import candidates
 from e2h.curriculum.search_plan import SearchPlan, plan_search, price_list
 from e2h.data.filesystem import write_bytes
+from e2h.data.records import Source
 from e2h.data.remote import Place
 from e2h.distributed.console import say, show_plan
 from e2h.privacy.plan import PrivacyPlan, make_plan
@@ -26,12 +27,23 @@ def dry_run(config: Config, root: Place) -> PrivacyPlan:
     run = Run(root, config)
     plan = run.shared_plan(make_plan(config, num_records, source.class_names))
     content = plan.to_json()
+    say("images", understood(config, source))
     # The plan of a run that has begun is what its ledger was opened with: looking must not change it.
     if run.ledger.budget() is None:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
     show_plan(plan, [release["epsilon_alone"] for release in content["releases"]])
     return plan
+
+
+def understood(config: Config, source: Source) -> str:
+    """What the listing says of the images, which nobody has opened yet."""
+    names = ", ".join(source.class_names[:5]) + (", ..." if len(source.class_names) > 5 else "")
+    size, channels = config.data.image_size, "grey" if config.data.channels == 1 else "colour"
+    return (
+        f"{source.num_train} training + {source.num_test} test listed, {len(source.class_names)} classes ({names}), "
+        f"to be {size}x{size} {channels}; sizes and damaged files show when the run opens them"
+    )
 
 
 def search_dry_run(config: Config, root: Place) -> None:

@@ -33,7 +33,9 @@ def prepare(run: Run) -> Prepared:
         await_nodes(run.config.scaling, run.root)
     prepared = stages.prepare(run, datasets.prepare_shards)
     facts = prepared.manifest
-    rejected = f", {facts.num_rejected} rejected (prepared/rejected.jsonl)" if facts.num_rejected else ""
+    rejected = (
+        f", {facts.num_rejected} rejected, but counted in N (prepared/rejected.jsonl)" if facts.num_rejected else ""
+    )
     shape = f"{facts.image_size}x{facts.image_size}x{facts.channels}"
     counts = f"{facts.num_train} training + {facts.num_test} test images"
     say("prepare", f"{counts}, {shape}, {len(facts.class_names)} classes{rejected}")

@@ -40,7 +40,7 @@ ASSUMPTIONS = (
 
 NOT_PROTECTED = (
     "What holds for the whole population or a class: teaching it is the purpose of this data.",
-    "Everything listed as public below, the number of records included.",
+    "Everything that is public, as listed on this page, the number of records included.",
     "How the images were collected, selected, labelled and cropped before e2h read them.",
     "The machines, folders and logs of the run itself: the guarantee is about this folder only.",
     "Other publications from the same images: their costs add to this one.",

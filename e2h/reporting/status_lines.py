@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +13,12 @@ from e2h.reporting.stages import Stage
 from e2h.reporting.status import Status
 
 SILENT_AFTER_S = 600.0
+# Which job makes a stage, in their order.
+JOBS = {
+    **{"prepare": "prepare", "central": "central", "frequency": "central"},
+    **{"warmup": "train", "warmup2": "train", "finetune": "train"},
+    **{"sample": "sample", "evaluate": "evaluate", "publish": "publish"},
+}
 
 
 def to_json(status: Status) -> dict[str, Any]:
@@ -23,10 +31,10 @@ def lines(status: Status) -> list[str]:
     rows = [("run", status.run), ("", configuration(status.config))]
     if status.config["not_private"]:
         rows.append(("", NOT_PRIVATE))
-    rows.append(("driver", status.holder or "none: nobody is running it"))
+    rows.append(("driver", status.holder or ("none" if _finished(status) else "none: nobody is running it")))
     if status.moved:
         rows.append(("moved", f"{duration(status.moved[1])} ago ({status.moved[0]})"))
-    rows += [(stage.name, _stage(stage)) for stage in status.stages]
+    rows += [(stage.name, _stage(stage, status.charged)) for stage in status.stages]
     rows.append(("epsilon", _epsilon(status)))
     if status.checkpoint:
         rows.append(("checkpoint", f"{status.checkpoint[0]} step {status.checkpoint[1]}"))
@@ -58,13 +66,26 @@ def advice(status: Status) -> str:
         silent = status.moved[1] if status.moved else 0.0
         waited = f"nothing was written for {duration(silent)}: look at its log, and at Ray's (dashboard, ray.log)"
         return "wait: it goes on" if silent < SILENT_AFTER_S else waited
-    if all(stage.state in ("done", "off") for stage in status.stages):
-        return f"publish {status.run}/release; first: python -m e2h check"
+    if _finished(status):
+        return f"publish {status.run}/release; first: python -m e2h check {status.run}/release"
     if status.refusals or (status.ended or "").startswith("refused"):
         return f"mend what was refused, then run {again}"
     if status.ended:
         return f"read {status.run}/failure.txt, then run {again}"
-    return f"run {again}"
+    return f"run {_next_job(status) or again}"
+
+
+def _next_job(status: Status) -> str | None:
+    """The command of the job after the one that ran last, where that one has done its part; None: the same again."""
+    waiting = next(stage.name for stage in status.stages if stage.state not in ("done", "off"))
+    last, wanted, order = re.search(r"jobs/(\w+)\.py", status.command), JOBS.get(waiting), list(JOBS.values())
+    if last is None or wanted is None or last[1] not in order or order.index(last[1]) >= order.index(wanted):
+        return None
+    return status.command.replace(last[0], f"jobs/{wanted}.py", 1)
+
+
+def _finished(status: Status) -> bool:
+    return all(stage.state in ("done", "off") for stage in status.stages)
 
 
 def duration(seconds: float) -> str:
@@ -76,7 +97,9 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def _stage(stage: Stage) -> str:
+def _stage(stage: Stage, charged: Mapping[str, int]) -> str:
+    if stage.state == "not begun" and charged.get(stage.name):
+        return "stopped before its first checkpoint"
     if stage.done is None or not stage.total or stage.state in ("off", "not begun", "done"):
         return stage.state
     unit = "shard" if stage.name == "sample" else "step"

@@ -127,6 +127,32 @@ def test_a_driver_that_died_leaves_a_run_to_go_on_with(storage):
         assert "seen" in (seen(storage).holder or "")
 
 
+@pytest.mark.parametrize(
+    ("last", "following"),
+    [
+        ("prepare", "sample"),
+        ("train", "sample"),
+        ("sample", "sample"),
+        ("evaluate", "evaluate"),
+        ("pipeline", "pipeline"),
+    ],
+)
+def test_after_the_job_of_one_stage_comes_that_of_the_next(tmp_path, last, following):
+    with opened(str(tmp_path)) as run:
+        train_until(run, 24)
+        run.mark_done("train")
+    status = replace(seen(str(tmp_path)), command=f"python jobs/{last}.py privacy.epsilon=2")
+    assert states(status)["finetune"] == "done"
+    assert f"python jobs/{following}.py privacy.epsilon=2" in lines(status)[-1]
+
+
+def test_steps_that_were_paid_before_the_first_checkpoint_are_not_hidden(tmp_path):
+    with opened(str(tmp_path)) as run:
+        (run.root / "checkpoints").mkdir(exist_ok=True)
+        pay(run, 16)
+    assert "finetune   stopped before its first checkpoint" in lines(seen(str(tmp_path)))
+
+
 def test_the_age_is_that_of_the_newest_file_and_the_lease_does_not_count(tmp_path):
     with opened(str(tmp_path)) as run:
         train_until(run, 24)
@@ -172,7 +198,10 @@ def test_stages_that_are_off_done_and_counted(tmp_path):
         for name in ("evaluation.json", "report.html", "release/ledger.json"):
             write(run, name)
     assert set(states(seen(str(tmp_path))).values()) == {"done"}
-    assert lines(seen(str(tmp_path)))[-1] == f"next       publish {run.release}; first: python -m e2h check"
+    assert (
+        lines(seen(str(tmp_path)))[-1] == f"next       publish {run.release}; first: python -m e2h check {run.release}"
+    )
+    assert "driver     none" in lines(seen(str(tmp_path)))
 
 
 def test_a_mark_of_another_configuration_counts_for_nothing(tmp_path):

@@ -1,0 +1,57 @@
+"""Wrong words on a command line are named before Hydra reads them, with what is like them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from words import check_words, presets
+
+from e2h.errors import InputError
+
+PIPELINE = Path(__file__).parents[2] / "jobs" / "pipeline.py"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("privacy.epsilno=1", "privacy.epsilno=1: expected a known key (see --help); did you mean privacy.epsilon?"),
+        ("epsilon=4", "epsilon=4: expected a known key (see --help); did you mean privacy.epsilon or ledger.epsilon?"),
+        ("modle=px8", "modle=px8: expected a known key (see --help); did you mean model?"),
+        ("seeds=3", "seeds=3: expected a known key (see --help); did you mean seed?"),
+        ("xyzzy=3", "xyzzy=3: expected a known key (see --help)"),
+        ("data=image-folder", "data=image-folder: expected one of " + ", ".join(presets("data"))),
+        ("--dry-run", "option=--dry-run: expected settings as key=value; e.g. dry_run=..., see --help"),
+        ("--epsilon=4", "option=--epsilon: expected settings as key=value; e.g. privacy.epsilon=..., see --help"),
+    ],
+)
+def test_a_wrong_word_is_named_with_what_is_like_it(word: str, message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        check_words(["seed=1", word])
+    assert str(refused.value) == message
+
+
+def test_right_words_pass_and_hydras_own_are_left_to_it() -> None:
+    every = [f"{group}={name}" for group in ("data", "model", "scaling", "experiment") for name in presets(group)]
+    check_words(
+        [
+            *every,
+            "experiment=null",
+            "privacy.epsilon=1",
+            "curriculum=[central,frequency]",
+            "frequency.warmup.num_steps=3",
+        ]
+    )
+    check_words(
+        ["search.space={warmup.num_steps: [1, 2]}", "search.space.seed=[1]", "central={}", "hydra.verbose=true"]
+    )
+    check_words(["--cfg", "job", "--resolve", "+anything=1", "~privacy.epsilon", "data=mine", "--config-dir=presets"])
+
+
+def test_help_into_a_pipe_that_closes_says_nothing_more() -> None:
+    program = f"{sys.executable} {PIPELINE} --help | head -n 1"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1
