@@ -134,6 +134,7 @@ def finish_prepared(
         digest=_digest_files(files),
         files=files,
     )
+    filesystem.remove(_refused_list(folder))
     if rejected:
         _write_rejected(filesystem.join(folder, "rejected.jsonl"), rejected)
     write_manifest(folder, manifest)
@@ -169,7 +170,7 @@ def _check_rejected(
     share = len(rejected) / num_listed
     if share <= data.max_rejected_fraction:
         return
-    where = f"{str(folder).rstrip('/')}.rejected.jsonl"
+    where = _refused_list(folder)
     _write_rejected(where, rejected)
     shown = ", ".join(f"{entry['name']} ({entry['reason']})" for entry in rejected[:SHOWN])
     raise InputError(
@@ -177,6 +178,11 @@ def _check_rejected(
         f"found {len(rejected)} of {num_listed} ({share:.2%}): {shown}{', ...' if len(rejected) > SHOWN else ''}; "
         f"all are listed in {where}; repair or remove them, or skip them: data.max_rejected_fraction={_above(share):g}"
     )
+
+
+def _refused_list(folder: filesystem.Location) -> str:
+    """Where the list is while the set itself is refused."""
+    return f"{str(folder).rstrip('/')}.rejected.jsonl"
 
 
 def _above(share: float) -> float:

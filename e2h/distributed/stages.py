@@ -61,7 +61,8 @@ def train(run: Run, plan: PrivacyPlan) -> None:
         run.ledger.take_over()
         with training_status(run.root / PROGRESS_FILE, run.config, schedule, plan.target_epsilon):
             train_on_workers(run, plan.release("finetune"))
-        say("train", f"warm-up and {run.config.finetune.num_steps} DP-SGD steps in {time.monotonic() - start:.0f} s")
+        seconds = time.monotonic() - start
+        say("train", f"warm-up and {run.config.finetune.num_steps} DP-SGD steps done, this call {seconds:.0f} s")
         run.mark_done("train")
     spent = epsilon(run.ledger.charged(), plan.delta).epsilon
     say("ledger", f"epsilon {spent:.4f} of {plan.target_epsilon:g} spent at delta {plan.delta:g}, all stages together")

@@ -198,7 +198,7 @@ def dot_plot(series: Dots, title: str) -> Drawing:
         axes.errorbar(xs, ys, xerr=spreads, fmt=marker, color=colour, markersize=7, linewidth=1.5, label=name)
     axes.set_yticks(range(len(rows)), [row if len(row) <= 24 else row[:23] + "…" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(right=100.5)
+    axes.set_xlim(min(axes.get_xlim()[0], 90), 100.5)  # a point of accuracy never looks like a gulf
     axes.set_xlabel("%", loc="right")
     axes.locator_params(axis="x", nbins=6)
     if len(series) > 1:

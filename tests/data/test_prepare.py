@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -124,6 +125,9 @@ def test_too_many_corrupt_images_are_refused(pets: DataConfig, tmp_path: Path, p
     assert len(listed.read_text().splitlines()) == 7
     assert listed.stat().st_mode & 0o777 == 0o600
     assert not (tmp_path / "prepared/meta.json").exists()
+    share = re.search(r"or skip them: (data\.max_rejected_fraction=)([\d.]+)$", str(error.value))
+    prepare(replace(pets, max_rejected_fraction=float(share[2])), tmp_path / "prepared")
+    assert not listed.exists()
 
 
 def test_bomb_is_refused_whatever_the_share(pets: DataConfig, tmp_path: Path, prepare) -> None:

@@ -132,7 +132,7 @@ def test_a_ratio_of_distances_may_not_exist(run):
     evaluation["memorisation"] |= {"ratio": None, "nearest_train_of_test": [0.0, 0.0, 0.0]}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     text = Page(render(run, internal=True)).text
-    assert "(1 % is what chance gives)." in text
+    assert "do (by chance 1 %)." in text
     assert "ratio of the medians" not in text
 
 
