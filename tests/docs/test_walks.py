@@ -85,7 +85,7 @@ def test_own_images_to_a_checked_release(checkout: Path, monkeypatch: pytest.Mon
     assert "plan       N 100" in planned
     assert sorted(path.name for path in (checkout / "runs").iterdir()) == [PETS]
 
-    run = typed(checkout, only(guide, "python jobs/pipeline.py", "finetune.num_steps=500"), *TINY_IMAGES, *SMALL)
+    run = typed(checkout, only(guide, "python jobs/pipeline.py", "finetune.num_steps=100"), *TINY_IMAGES, *SMALL)
     assert f"runs/{PETS}/release" in run
 
     for command in (

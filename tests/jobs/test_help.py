@@ -11,7 +11,7 @@ from job_calls import ROOT, command
 from e2h.binding import binding
 from e2h.config import Config
 
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem not in ("entry", "usage"))
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem not in ("entry", "usage", "words"))
 OWN_WORDS = {"ledger", "status"}  # they take a path and no settings
 
 

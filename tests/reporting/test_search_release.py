@@ -81,7 +81,7 @@ def test_the_ledger_of_a_selection_recomputes_and_any_change_of_it_is_caught(sea
 @pytest.mark.parametrize("mode", ["selection", pytest.param("compose", marks=pytest.mark.long)])
 def test_the_recipe_of_the_card_runs_as_printed_and_gives_at_least_the_epsilon_stated(search_run, mode):
     release = publish(search_run(mode))
-    (program,) = re.findall(r"```python\n(.*?)```", (release / "README.md").read_text(), re.DOTALL)
+    program, _ = re.findall(r"```python\n(.*?)```", (release / "README.md").read_text(), re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], cwd=release, capture_output=True, text=True, check=True
     )
