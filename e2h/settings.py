@@ -105,20 +105,31 @@ def _preset_values(standard: dict[str, str | None], given: Mapping[str, Any]) ->
     return {key: one for group in standard for key, one in found[group].items()}
 
 
+def presets(group: str) -> list[str]:
+    """The names of a group's presets."""
+    return sorted(one.name.removesuffix(".yaml") for one in (files("e2h.conf") / group).iterdir())
+
+
+def check_preset(group: str, name: Any) -> None:
+    """Raises `InputError` with all presets of the group, unless the name is one."""
+    known = presets(group)
+    expect(name in known, group, name, "one of " + ", ".join(known))
+
+
 def _preset(group: str, name: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Values of `e2h/conf/<group>/<name>.yaml` by dotted key, and the presets of other groups that it asks for."""
-    known = sorted(one.name.removesuffix(".yaml") for one in (files("e2h.conf") / group).iterdir())
-    expect(name in known, group, name, "one of " + ", ".join(known))
+    check_preset(group, name)
     content = _read(f"{group}/{name}.yaml")
     asked = {key.removeprefix(OVERRIDE): one for line in content.pop("defaults", []) for key, one in line.items()}
     inside = content if GLOBAL in _text(f"{group}/{name}.yaml") else {group: content}
-    return dict(_flat(inside)), asked
+    return dict(flat(inside)), asked
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested sections by dotted key."""
     for key, one in values.items():
         if isinstance(one, dict):
-            yield from _flat(one, f"{prefix}{key}.")
+            yield from flat(one, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", one
 

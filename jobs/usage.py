@@ -9,11 +9,11 @@ import json
 import tokenize
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from importlib.resources import files
 from typing import Any
 
 import e2h.config
 from e2h.config import Config
+from e2h.settings import presets
 
 
 def usage(program: str, description: str) -> str:
@@ -25,14 +25,10 @@ def usage(program: str, description: str) -> str:
     """
     lines = [description.strip(), "", f"usage: python {program} [GROUP=PRESET ...] [KEY=VALUE ...]"]
     lines += ["Quote lists: 'curriculum=[central,frequency]'. More: docs/guide.md", "", "Presets:"]
-    lines += [f"  {group}=" + "|".join(_presets(group)) for group in ("data", "model", "experiment", "scaling")]
+    lines += [f"  {group}=" + "|".join(presets(group)) for group in ("data", "model", "experiment", "scaling")]
     lines += ["", "Settings, with their defaults (--cfg job --resolve prints those of a call):"]
     comments = dict(_comments(inspect.getsource(e2h.config)))
     return "\n".join([*lines, *_settings(Config(), comments, "")])
-
-
-def _presets(group: str) -> list[str]:
-    return sorted(path.name.removesuffix(".yaml") for path in files("e2h.conf").joinpath(group).iterdir())
 
 
 def _settings(section: Any, comments: dict[tuple[str, str], str], prefix: str) -> Iterator[str]:

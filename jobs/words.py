@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
-from importlib.resources import files
-from typing import Any
 
 from e2h.config import Config, expect
+from e2h.settings import check_preset, flat
 
 GROUPS = ("data", "model", "scaling", "experiment")
 HYDRA_OPTIONS = {
     *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"),
     *("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
 }
+KEYS = tuple(key for key, _ in flat(asdict(Config())))
 SETTING = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
 
@@ -28,25 +28,15 @@ def check_words(words: Sequence[str]) -> None:
     options = {word.split("=")[0] for word in words if word.startswith("-")}
     for option in sorted(options - HYDRA_OPTIONS):
         setting = option.lstrip("-").replace("-", "_")
-        expect(
-            False,
-            "option",
-            option,
-            "settings as key=value",
-            f"e.g. {(_like(setting) or setting).split()[0]}=..., see --help",
-        )
+        meant = (_like(setting) or setting).split()[0]
+        expect(False, "option", option, "settings as key=value", f"e.g. {meant}=..., see --help")
     own_presets = not options & {"-cp", "--config-path", "-cd", "--config-dir"}
     for key, value in (found.groups() for word in words if (found := SETTING.fullmatch(word))):
-        if key in GROUPS and own_presets:
-            known = presets(key)
-            expect(value in (*known, "null"), key, value, "one of " + ", ".join(known))
+        if key in GROUPS and own_presets and value != "null":
+            check_preset(key, value)
         elif not key.startswith("hydra.") and not _is_known(key):
             like = _like(key)
             expect(False, key, value, "a known key (see --help)", f"did you mean {like}?" if like else "")
-
-
-def presets(group: str) -> list[str]:
-    return sorted(one.name.removesuffix(".yaml") for one in (files("e2h.conf") / group).iterdir())
 
 
 def _is_known(key: str) -> bool:
@@ -59,11 +49,3 @@ def _like(key: str) -> str | None:
     same = [one for one in KEYS if one.split(".")[-1] == key and one != key]
     near = get_close_matches(key, [*KEYS, *GROUPS], n=1, cutoff=0.75)
     return " or ".join(same[:3] or near) or None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[str]:
-    for key, one in values.items():
-        yield from _flat(one, f"{prefix}{key}.") if isinstance(one, dict) else [f"{prefix}{key}"]
-
-
-KEYS = tuple(_flat(asdict(Config())))

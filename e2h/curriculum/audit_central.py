@@ -13,7 +13,7 @@ import numpy as np
 
 from e2h.curriculum.canaries import Subject
 from e2h.curriculum.central import GRID_BITS, CentralQuery
-from e2h.curriculum.frequency import FrequencyQuery
+from e2h.curriculum.easy import Query
 from e2h.privacy.audit import Evidence
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.keys import derive_key
@@ -132,7 +132,7 @@ def _configured(subject: Subject, event: PoissonSampledGaussian) -> CentralQuery
     return CentralQuery(subject.config.central, once, *shape, PUBLIC_RECORDS)
 
 
-def coupled_distances(subject: Subject, query: CentralQuery | FrequencyQuery, secret: bytes) -> dict[str, float]:
+def coupled_distances(subject: Subject, query: Query, secret: bytes) -> dict[str, float]:
     """How far a round of the query moves when one record is replaced by nothing, by kind of record; same keys."""
     data, num_classes, q = subject.config.data, subject.num_classes, query.event.sampling_prob
     masks, noise = (derive_key(secret, f"audit/coupled {purpose}") for purpose in ("masks", "noise"))

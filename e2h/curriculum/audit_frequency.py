@@ -34,13 +34,13 @@ def observe(subject: Subject, release: Release, secret: bytes) -> Evidence:
       secret: 32 bytes, of this audit alone.
     """
     config, count = subject.config, subject.num_canaries
-    shape = config.data.image_size, config.data.channels
+    size, channels = config.data.image_size, config.data.channels
     configured = FrequencyQuery(
-        config.frequency, release.event, *shape, subject.num_classes, PUBLIC_RECORDS, config.seed
+        config.frequency, release.event, size, channels, subject.num_classes, PUBLIC_RECORDS, config.seed
     )
     query = replace(configured, num_classes=count, num_records=count)
     rng = np.random.default_rng(list(derive_key(secret, "audit/frequency records")))
-    images = rng.integers(0, 256, (count, *shape[:1] * 2, shape[1]), dtype=np.uint8)
+    images = rng.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
     included = rng.random(count) < 0.5
     sums, sample = _sums(query, images, included), _noise(configured, secret)
     released = query.release(sums, derive_key(secret, "audit/frequency noise"))

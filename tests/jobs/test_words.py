@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from words import check_words, presets
+from words import check_words
 
 from e2h.errors import InputError
+from e2h.settings import presets
 
 PIPELINE = Path(__file__).parents[2] / "jobs" / "pipeline.py"
 
