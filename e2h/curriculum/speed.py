@@ -6,12 +6,13 @@ import time
 
 import torch
 
-from e2h.config import Config
+from e2h.config import Config, warmups
 from e2h.curriculum.units import largest_that_fits, private_micro_batch
 from e2h.curriculum.workers import Workers
 from e2h.diffusion.networks import UNet
 
 MEASURED_S = 5.0
+GRADIENT_IN_PASSES = 3  # a forward and a backward pass of a network, in forward passes
 
 
 def gradients_per_second(config: Config, num_classes: int) -> float:
@@ -36,3 +37,21 @@ def gradients_per_second(config: Config, num_classes: int) -> float:
         return made / (time.monotonic() - begun)
     finally:
         torch.set_num_threads(threads)
+
+
+def forecast(config: Config, gradients_per_second: float) -> dict[str, float]:
+    """Roughly the minutes of each stage that computes, from the speed of private gradients alone.
+
+    A noise draw costs warm-up what it costs DP-SGD, and sampling makes a forward pass where those take a gradient.
+    """
+    draws_per_second = gradients_per_second * config.finetune.noise_multiplicity
+    seen = sum(settings.num_steps * settings.batch_size for _, settings in warmups(config).values())
+    sampling, gradients = config.sampling, config.finetune.num_steps * config.finetune.expected_batch_size
+    passes = 2 * sampling.num_steps - 1 if sampling.sampler == "heun" else sampling.num_steps
+    passes *= sampling.num_images * (2 if sampling.guidance > 0 else 1)
+    seconds = {
+        "warm-up": seen / draws_per_second,
+        "DP-SGD": gradients / gradients_per_second,
+        "sampling": passes / (GRADIENT_IN_PASSES * draws_per_second),
+    }
+    return {stage: found / 60 for stage, found in seconds.items()}

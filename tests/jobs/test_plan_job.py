@@ -17,7 +17,9 @@ def test_advice_is_a_plan_of_its_own_that_spends_nothing(run_job, tmp_path: Path
         float(re.search(rf"([\d.e+]+) {word}", done.stdout)[1]) for word in ("gradients/s", "gradients\n")
     )
     assert gradients == pytest.approx(speed * 36, rel=0.05)
-    overrides = done.stdout.splitlines()[-1].split()
+    *_, advised, times = done.stdout.splitlines()
+    assert re.match(r"time +roughly warm-up 0.0 min, DP-SGD 0\.6 min, sampling \d+\.\d min; preparing, ", times)
+    overrides = advised.split()
     assert [one.split("=")[0] for one in overrides] == ["finetune.expected_batch_size", "finetune.num_steps"]
     assert not (tmp_path / "runs").exists()
     planned = run_job("pipeline", *settings[:2], *overrides, "dry_run=true")
