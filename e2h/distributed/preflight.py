@@ -59,6 +59,7 @@ def search_dry_run(config: Config, root: Place) -> None:
         plan = replace(plan, whole=run.shared_plan(plan.whole))
         rows = price_list(config, num_records)
         content = {**plan.to_json(config), "prices": rows}
+        say("images", understood(config, source))
         if run.ledger.budget() is None:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())

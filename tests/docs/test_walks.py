@@ -121,7 +121,9 @@ def test_a_search_as_its_guide_has_it(checkout: Path) -> None:
     guide = DOCS / "search.md"
     few = ["search.expected_trials=2", "search.max_trials=3", "search.score_images=80", *SMALL]
     planned, searched, *_ = (one for one in commands(guide.read_text()) if one.startswith("python jobs/search.py"))
-    assert "noise of one trial" in typed(checkout, planned)
+    priced = typed(checkout, planned)
+    assert "training + 274 test listed" in priced
+    assert "noise of one trial" in priced
     listed = only(guide, "python jobs/search.py", "search.space=")
     assert "best of about 2" in typed(checkout, listed, *few, "run.name=listed", "dry_run=true")
     assert not list((checkout / "runs").rglob("ledger.jsonl"))
