@@ -39,13 +39,15 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """EDM U-Net (Karras et al. 2022), with GroupNorm only."""
+    """EDM U-Net (Karras et al. 2022), with GroupNorm only, and the noise levels that it is trained at."""
 
     base_width: int = 16
     width_multipliers: list[int] = field(default_factory=lambda: [1, 1])
     attention_resolutions: list[int] = field(default_factory=lambda: [4])
     blocks_per_level: int = 1
     embedding_width: int = 64
+    log_sigma_mean: float = -1.2  # ln(sigma) ~ N(mean, std^2) in training, for pixels in [-1, 1]
+    log_sigma_std: float = 1.2
 
 
 @dataclass

@@ -31,7 +31,7 @@ def compose(settings: Config | Mapping[str, Any] | None = None) -> Config:
       InputError: if a key or a preset isn't one, or a value is of another type.
 
     >>> compose({"experiment": "mnist_cpu", "data.path": "idx", "privacy.epsilon": 2}).finetune.num_steps
-    120
+    100
     >>> compose({"privacy.epsilonn": 1.0})
     Traceback (most recent call last):
     e2h.errors.InputError: settings=privacy.epsilonn: expected the dotted key of a setting, e.g. warmup.num_steps

@@ -151,6 +151,9 @@ def _validate_central(central: CentralConfig, image_size: int) -> None:
 def _validate_training(config: Config) -> None:
     finetune, model = config.finetune, config.model
     _positive_int(model, "model", "base_width", "blocks_per_level", "embedding_width")
+    in_range = 0 < model.log_sigma_std <= 5
+    expect(in_range, "model.log_sigma_std", model.log_sigma_std, "a number above 0, at most 5")
+    expect(math.isfinite(model.log_sigma_mean), "model.log_sigma_mean", model.log_sigma_mean, "a finite number")
     expect(len(model.width_multipliers) >= 1, "model.width_multipliers", model.width_multipliers, "at least one level")
     shrink = 2 ** (len(model.width_multipliers) - 1)
     expect(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2h.diffusion.losses import draw_noise_levels
+from e2h.diffusion.losses import LOG_SIGMA, draw_noise_levels
 
 _MASK = (1 << 64) - 1
 
@@ -47,6 +47,7 @@ def make_batch(
     num_draws: int,
     label_dropout: float,
     no_label: int,
+    log_sigma: tuple[float, float] = LOG_SIGMA,
     max_shift: int = 0,
     flip: bool = False,
 ) -> dict[str, Tensor]:
@@ -62,6 +63,7 @@ def make_batch(
       num_draws: noise multiplicity K.
       label_dropout: probability that a record loses its label, shared by its K draws.
       no_label: index of "no label".
+      log_sigma: mean and standard deviation of ln(sigma).
       max_shift: pixels that an image is moved by at most, its border repeated.
       flip: mirrors left and right with probability 1/2.
 
@@ -74,7 +76,7 @@ def make_batch(
     for image, seed in zip(images, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
         dropped.append(torch.rand((), generator=generator) < label_dropout)
-        sigma.append(draw_noise_levels((num_draws,), generator))
+        sigma.append(draw_noise_levels((num_draws,), generator, log_sigma))
         noise.append(torch.randn((num_draws, *shape), generator=generator))
         if max_shift or flip:
             augmented.append(augment(image, num_draws, max_shift, flip, generator))

@@ -191,6 +191,7 @@ def _micro_batch(
         settings.noise_multiplicity,
         settings.label_dropout,
         network.num_classes,
+        network.log_sigma,
         settings.max_shift,
         settings.flip,
     )

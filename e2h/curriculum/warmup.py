@@ -90,7 +90,9 @@ def _step(
     size = -(-warmup.batch_size // UNITS_PER_STEP)
     for unit in work_units(warmup.batch_size, size, workers.rank, workers.size):
         shifted = np.stack([shift(images[i], *offset) for i, offset in zip(chosen[unit], shifts[unit], strict=True)])
-        batch = make_batch(shifted, labels[chosen[unit]], seeds[unit], 1, warmup.label_dropout, network.num_classes)
+        batch = make_batch(
+            shifted, labels[chosen[unit]], seeds[unit], 1, warmup.label_dropout, network.num_classes, network.log_sigma
+        )
         losses = micro_batch_loss(network, {name: value.to(workers.device) for name, value in batch.items()})
         gradients.append(on_grid(torch.autograd.grad(losses.sum() / warmup.batch_size, parameters)))
         means.append(float(losses.detach().mean()))

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from e2h.diffusion.precond import SIGMA_DATA, run_network
 
-LOG_SIGMA_MEAN = -1.2
-LOG_SIGMA_STD = 1.2
+LOG_SIGMA = (-1.2, 1.2)  # mean and standard deviation of ln(sigma) in the paper
 
 
-def draw_noise_levels(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Noise levels with ln(sigma) ~ N(-1.2, 1.2^2): float32 of the given shape, on the generator's device.
+def draw_noise_levels(
+    shape: Sequence[int], generator: torch.Generator, log_sigma: tuple[float, float] = LOG_SIGMA
+) -> Tensor:
+    """Noise levels with ln(sigma) ~ N(mean, std^2): float32 of the given shape, on the generator's device.
 
     Stratified: of the K in the last dimension one lies in each of K equally likely ranges, in rising order. Their mean
     loss keeps its expectation and varies less, so that a record's clipped gradient holds more signal.
@@ -22,7 +23,8 @@ def draw_noise_levels(shape: Sequence[int], generator: torch.Generator) -> Tenso
     inside = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
     ranks = (torch.arange(shape[-1], device=generator.device) + inside) / shape[-1]
     normal = torch.special.ndtri(ranks.clamp(1e-9, 1 - 1e-9))  # at 0 it is infinite
-    return (LOG_SIGMA_MEAN + LOG_SIGMA_STD * normal).exp().float()
+    mean, std = log_sigma
+    return (mean + std * normal).exp().float()
 
 
 def edm_loss(network: Callable[..., Tensor], images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Class-conditional U-Net in the style of DDPM++ (Song et al. 2021, App. H; Karras et al. 2022, Table 1).
+"""Class-conditional U-Net: blocks of DDPM++ (Song et al. 2021, App. H; Karras et al. 2022, Table 1), whose embedding
+scales and shifts what the second normalisation gives (adaptive group normalisation, Dhariwal & Nichol 2021, 4.3).
 
 Made for per-example gradients: GroupNorm only, every parameter used exactly once in a forward pass, activations
 contiguous behind attention (Opacus' convolution rule is silently wrong on strided ones).
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2h.config import ModelConfig
+from e2h.diffusion.losses import LOG_SIGMA
 
 SKIP_SCALE = math.sqrt(0.5)
 # Angular frequencies of the noise-level waves. ln(sigma)/4 stays within [-1.6, 1.1]: with the usual range of 1 to 1e-4
@@ -30,14 +32,14 @@ def _group_norm(width: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions; the embedding is added between them; `resample` is "up", "down" or None."""
+    """Two 3x3 convolutions; the embedding scales and shifts between them; `resample` is "up", "down" or None."""
 
     def __init__(self, in_width: int, out_width: int, embedding_width: int, resample: str | None = None) -> None:
         super().__init__()
         self.resample = resample
         self.norm0 = _group_norm(in_width)
         self.conv0 = nn.Conv2d(in_width, out_width, 3, padding=1)
-        self.embed = nn.Linear(embedding_width, out_width)
+        self.embed = nn.Linear(embedding_width, 2 * out_width)
         self.norm1 = _group_norm(out_width)
         self.conv1 = nn.Conv2d(out_width, out_width, 3, padding=1)
         self.skip = nn.Conv2d(in_width, out_width, 1) if in_width != out_width or resample else None
@@ -49,8 +51,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         hidden = self.conv0(self._resampled(functional.silu(self.norm0(x))))
-        hidden = hidden + self.embed(embedding)[:, :, None, None]
-        hidden = self.conv1(functional.silu(self.norm1(hidden)))
+        scale, shift = self.embed(embedding)[:, :, None, None].chunk(2, dim=1)
+        hidden = self.conv1(functional.silu(self.norm1(hidden) * (1 + scale) + shift))
         x = self._resampled(x)
         skip = x if self.skip is None else self.skip(x)
         return (skip + hidden) * SKIP_SCALE
@@ -99,6 +101,7 @@ class UNet(nn.Module):
       attention_resolutions: pixels at which a block is followed by attention (the middle always has it).
       blocks_per_level: residual blocks a level on the way down (one more on the way up).
       embedding_width: width of the noise-level and label embedding.
+      log_sigma: mean and standard deviation of ln(sigma) in training.
       seed: public seed of the initial weights; the caller's random state is not touched.
     """
 
@@ -112,11 +115,13 @@ class UNet(nn.Module):
         attention_resolutions: Sequence[int],
         blocks_per_level: int,
         embedding_width: int,
+        log_sigma: tuple[float, float] = LOG_SIGMA,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.base_width = base_width
+        self.log_sigma = log_sigma
         # Built on "meta", so that torch's default initialisers draw nothing from the global generator.
         with torch.device("meta"):
             self.label_embedding = nn.Embedding(num_classes + 1, base_width)
@@ -141,6 +146,7 @@ class UNet(nn.Module):
             model.attention_resolutions,
             model.blocks_per_level,
             model.embedding_width,
+            (model.log_sigma_mean, model.log_sigma_std),
             seed,
         )
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_runs import CLASSES, FINETUNE, NUM_RECORDS, new_network, records
+from small_runs import CLASSES, FINETUNE, NUM_RECORDS, WARMUP, new_network, records
 
+from e2h.curriculum import warmup
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.finetune import _micro_batch
 from e2h.curriculum.warmup import shift
+from e2h.curriculum.workers import Workers
 from e2h.diffusion.losses import micro_batch_loss
 
 
@@ -40,6 +42,18 @@ def test_removing_a_record_leaves_the_random_numbers_of_the_others():
         for name in ("images", "labels", "sigma", "noise"):
             assert torch.equal(whole[name][[0, 2, 3]], rest[name][:3])
         assert torch.equal(rest["noise"][3], rest["noise"][0])  # the padding, a copy of the first
+
+
+def test_warm_up_and_dp_sgd_draw_the_noise_levels_that_the_network_asks_for(monkeypatch):
+    network, images, seen = new_network(), records(), []
+    network.log_sigma = (3.0, 0.01)
+    private, _ = _micro_batch(network, images, np.arange(4), FINETUNE, 0, 0, 4)
+    monkeypatch.setattr(
+        warmup, "micro_batch_loss", lambda net, batch: (seen.append(batch), micro_batch_loss(net, batch))[1]
+    )
+    warmup._step(network, images.images, images.labels, WARMUP, 0, 0, Workers.current(), "warmup")
+    for batch in (private, *seen):
+        assert torch.allclose(batch["sigma"].log(), torch.tensor(3.0), atol=0.06)
 
 
 def test_a_batch_is_scaled_and_drops_labels_at_the_given_rate():

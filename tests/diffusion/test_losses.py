@@ -81,6 +81,12 @@ def test_noise_levels_are_log_normal(factor, accepted):
     assert (abs(z_mean) < 4 and abs(z_std) < 4) == accepted
 
 
+def test_noise_levels_have_the_mean_and_deviation_asked_for():
+    levels = draw_noise_levels((4000, 1), torch.Generator().manual_seed(0), log_sigma=(0.5, 0.3)).log().double()
+    assert float(levels.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(levels.std()) == pytest.approx(0.3, abs=0.02)
+
+
 @pytest.mark.parametrize("num_draws", [1, 3, 32])
 def test_noise_levels_of_a_record_lie_one_in_each_range(num_draws):
     draws = draw_noise_levels((2000, num_draws), torch.Generator().manual_seed(0)).double()
