@@ -46,7 +46,7 @@ class ModelConfig:
     attention_resolutions: list[int] = field(default_factory=lambda: [4])
     blocks_per_level: int = 1
     embedding_width: int = 64
-    log_sigma_mean: float = -1.2  # ln(sigma) ~ N(mean, std^2) in training, for pixels in [-1, 1]
+    log_sigma_mean: float = 0.0  # ln(sigma) ~ N(mean, std^2) in training, pixels in [-1, 1]; the paper: -1.2
     log_sigma_std: float = 1.2
 
 
