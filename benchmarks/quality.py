@@ -18,8 +18,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import torch
 from lib.experiments import configured
 
 from e2h.config import Config, run_name
+from e2h.data.filesystem import write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "docs" / "quality.jsonl"
@@ -39,17 +42,40 @@ ELSEWHERE = ("data.path", "scaling", "run", "seed", "privacy.secret")
 def measure(experiment: str, overrides: Sequence[str], seed: int, storage: Path, alone: bool) -> dict[str, Any]:
     """Runs one seed, or what is left of it, and returns its row."""
     config = configured(experiment, [*overrides, f"seed={seed}", f"run.storage={storage}"])
-    begun = time.monotonic()
-    if alone:
-        from e2h.api import run
+    with stopwatch(storage / f"{run_name(config)}.minutes") as minutes:
+        if alone:
+            from e2h.api import run
 
-        run(config)
-    else:
-        words = [*([] if experiment == "demo" else [f"experiment={experiment}"]), *overrides]
-        program = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *words]
-        subprocess.run([*program, f"seed={seed}", f"run.storage={storage}"], check=True)
-    found = row(experiment, overrides, config, storage)
-    return {**found, "minutes": round((time.monotonic() - begun) / 60, 1), "hardware": hardware(config, alone)}
+            run(config)
+        else:
+            words = [*([] if experiment == "demo" else [f"experiment={experiment}"]), *overrides]
+            program = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *words]
+            subprocess.run([*program, f"seed={seed}", f"run.storage={storage}"], check=True)
+        found = row(experiment, overrides, config, storage)
+        return {**found, "minutes": round(minutes(), 1), "hardware": hardware(config, alone)}
+
+
+@contextmanager
+def stopwatch(path: Path, every_s: float = 10.0) -> Iterator[Callable[[], float]]:
+    """Minutes spent in this call and in those before it, which may have been killed: `path` keeps them."""
+    before = float(path.read_text()) if path.exists() else 0.0
+    begun, ended = time.monotonic(), threading.Event()
+
+    def minutes() -> float:
+        return before + (time.monotonic() - begun) / 60
+
+    def keep() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not ended.wait(every_s):
+            write_bytes(path, str(minutes()).encode())
+
+    writer = threading.Thread(target=keep, daemon=True)
+    writer.start()
+    try:
+        yield minutes
+    finally:
+        ended.set()
+        writer.join()
 
 
 def row(experiment: str, overrides: Sequence[str], config: Config, storage: Path) -> dict[str, Any]:

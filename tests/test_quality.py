@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_a_stopped_call_goes_on_with_the_seeds_that_have_no_row(tmp_path, monkey
     quality.main()
     assert made == [0, -1, 1, 2]
     assert "| 3 |" in capsys.readouterr().out
+
+
+def test_the_minutes_of_a_run_are_those_of_all_its_calls(tmp_path):
+    path = tmp_path / "runs" / "one.minutes"
+    killed = "import os, quality, time, pathlib\nwith quality.stopwatch(pathlib.Path({!r}), 0.1):\n"
+    killed += "    time.sleep(1.2)\n    os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", killed.format(str(path))], cwd=BENCHMARKS, check=False)
+    assert done.returncode == -9
+    with quality.stopwatch(path) as minutes:
+        assert 1 / 60 <= minutes() < 1
 
 
 def test_parts_are_cut_off_at_their_share_and_go_on_in_the_next_call(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from e2h.privacy.dpsgd import clip_and_sum, grad_sample_module, make_engine
 
 PRESETS = Path(__file__).resolve().parents[2] / "e2h" / "conf" / "model"
 APPROACHES = ("plain", "folded", "opacus_hooks", "opacus_ghost", "vmap", "loop")
-BATCHES = {1: 32, 4: 8, 32: 2}  # noise multiplicity K: images B; half of them with --quick
+BATCHES = {1: 32, 4: 8, 32: 2}  # noise multiplicity K: images B; a quarter of them with --quick
 CLIP_NORM = 1.0
 Step = Callable[[], object]
 
@@ -153,7 +153,7 @@ MAKERS = {
 
 
 def num_images(num_draws: int, options: argparse.Namespace) -> int:
-    return BATCHES[num_draws] // (2 if options.quick else 1)
+    return max(1, BATCHES[num_draws] // (4 if options.quick else 1))
 
 
 def make_step(approach: str, image_size: int, num_draws: int, options: argparse.Namespace) -> Step:
