@@ -234,7 +234,7 @@ def test_experiment_files_become_counts():
     assert set(works) == {path.stem for path in (BENCHMARKS.parent / "e2h/conf/experiment").glob("*.yaml")} - {"gpu"}
     mnist, celeba = works["mnist"], works["celeba64"]
     assert (mnist.steps, mnist.batch, mnist.draws, mnist.pixels) == (2250, 4000, 32, 784)
-    assert 1.4e6 < mnist.parameters < 1.6e6
+    assert 1.5e6 < mnist.parameters < 1.7e6
     # By hand: a 3x3 convolution at 28x28 from 64 to 64 channels is 58 million; the network has some twenty such.
     assert 5e8 < mnist.forward_flops < 3e9
     assert celeba.forward_flops > 2 * mnist.forward_flops
