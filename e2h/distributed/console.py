@@ -1,12 +1,14 @@
-"""The user's terminal: one line a stage, one live status line while training, plain lines in a log."""
+"""The user's terminal: one line a stage, one live line for what goes on, plain lines in a log."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from shutil import get_terminal_size
+from typing import ClassVar
 
 from e2h.config import Config, warmups
 from e2h.data.remote import Place
@@ -17,10 +19,14 @@ from e2h.privacy.plan import PrivacyPlan
 
 POLL_S = 0.5
 LOG_LINE_EVERY_S = 15.0
+LOG_LINE_EVERY_SHARE = 0.05  # of the time so far: the log of a day stays short
+
+Tell = Callable[[int, int], None]  # tell(done, total)
 
 
 def say(stage: str, text: str) -> None:
     """One line: the stage's name and what came of it."""
+    _erase_lines()
     print(f"{stage:<10} {text}", flush=True)
 
 
@@ -46,23 +52,97 @@ def _mechanism(release: Charge) -> str:
 
 
 @contextmanager
+def working(stage: str, doing: str = "") -> Iterator[Tell]:
+    """A live line while the block runs: `sample     part 3/32 9% eta 40s`, or the time so far until a part is told."""
+    begun, parts = time.monotonic(), [0, 0]
+
+    def text() -> str:
+        (done, total), seconds = parts, time.monotonic() - begun
+        if not 0 < done < total:
+            return f"{stage:<10} {doing}{' ' * bool(doing)}{_duration(seconds)}"
+        return f"{stage:<10} part {done}/{total} {done / total:.0%} eta {_duration(seconds / done * (total - done))}"
+
+    def tell(done: int, total: int) -> None:
+        parts[:] = done, total
+
+    with _live(text):
+        yield tell
+
+
+@contextmanager
 def training_status(path: Place, config: Config, schedule: list[tuple[int, float]], target: float) -> Iterator[None]:
     """While the block runs, shows the progress that rank 0 writes to `path`."""
-    stop = threading.Event()
     path.unlink(missing_ok=True)
-    status = _Status(path, config, schedule, target)
-    thread = threading.Thread(target=status.follow, args=(stop,), daemon=True)
+    try:
+        with _live(_Training(path, config, schedule, target)):
+            yield
+    finally:
+        with suppress(OSError):  # the next call removes it
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _live(text: Callable[[], str]) -> Iterator[None]:
+    """Shows what `text` says until the block ends; of a block inside it, that one's line instead."""
+    stop, line = threading.Event(), _Line()
+
+    def follow() -> None:
+        while not stop.wait(POLL_S):
+            line.show(text())
+
+    thread = threading.Thread(target=follow, daemon=True)
+    _erase_lines()
+    _Line.shown.append(line)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
-        with suppress(OSError):  # the next call removes it
-            path.unlink(missing_ok=True)
+        line.erase()
+        _Line.shown.remove(line)
 
 
-class _Status:
+def _erase_lines() -> None:
+    for line in _Line.shown:
+        line.erase()
+
+
+class _Line:
+    """Over itself on a terminal; in a log a plain line now and then. The last of `shown` is the one that is seen."""
+
+    shown: ClassVar[list[_Line]] = []
+    lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self) -> None:
+        self.out, self.live, self.width = sys.stdout, sys.stdout.isatty(), 0
+        self.begun = self.logged = time.monotonic()
+
+    def show(self, text: str) -> None:
+        with self.lock:
+            if self.live and self.shown[-1] is self:
+                text = text[: get_terminal_size().columns - 1]  # a line that wraps can't be written over
+                print("\r" + text.ljust(self.width), end="", flush=True, file=self.out)
+                self.width = len(text)
+            elif not self.live and self._is_due():
+                print(text, flush=True, file=self.out)
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        due = now - self.logged >= max(LOG_LINE_EVERY_S, LOG_LINE_EVERY_SHARE * (now - self.begun))
+        self.logged = now if due else self.logged
+        return due
+
+    def erase(self) -> None:
+        with self.lock:
+            if self.width:
+                print("\r" + " " * self.width + "\r", end="", flush=True, file=self.out)
+                self.width = 0
+
+
+class _Training:
+    """`finetune   step 22/60 37% eps 7.19/10.00 274 img/s eta 36s`, from what rank 0 writes."""
+
     def __init__(self, path: Place, config: Config, schedule: list[tuple[int, float]], target: float) -> None:
         self.path, self.schedule, self.target = path, schedule, target
         easy = {name: settings for name, (_, settings) in warmups(config).items()}
@@ -70,16 +150,14 @@ class _Status:
         self.batch = {name: one.batch_size for name, one in easy.items()}
         self.batch["finetune"] = config.finetune.expected_batch_size
         self.first: dict[str, tuple[int, float]] = {}
-        self.live = sys.stdout.isatty()
-        self.width, self.last_log = 0, time.monotonic()
+        self.workers, self.begun = config.scaling.num_workers, time.monotonic()
 
-    def follow(self, stop: threading.Event) -> None:
-        while not stop.wait(POLL_S):
-            now = read_progress(self.path)
-            if now is not None and now[0] in self.totals:
-                self._show(self._line(now[0], now[1]))
-        if self.live and self.width:
-            print("\r" + " " * self.width + "\r", end="", flush=True)
+    def __call__(self) -> str:
+        found = read_progress(self.path)
+        if found is None or found[0] not in self.totals:
+            plural = "s" * (self.workers > 1)
+            return f"{'train':<10} starting {self.workers} worker{plural} {_duration(time.monotonic() - self.begun)}"
+        return self._line(found[0], found[1])
 
     def _line(self, stage: str, step: int) -> str:
         total, now = self.totals[stage], time.monotonic()
@@ -88,14 +166,6 @@ class _Status:
         spent = f" eps {epsilon_after(self.schedule, step):.2f}/{self.target:.2f}" if stage == "finetune" else ""
         speed = f" {rate * self.batch[stage]:.0f} img/s eta {_duration((total - step) / rate)}" if rate else ""
         return f"{stage:<10} step {step}/{total} {step / total:.0%}{spent}{speed}"
-
-    def _show(self, line: str) -> None:
-        if self.live:
-            print("\r" + line.ljust(self.width), end="", flush=True)
-            self.width = max(self.width, len(line))
-        elif time.monotonic() - self.last_log >= LOG_LINE_EVERY_S:
-            self.last_log = time.monotonic()
-            print(line, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from e2h.curriculum.synthesis import Synthesizer
 from e2h.data.prepare import ShardStats, prepare_shard
 from e2h.data.records import Source
 from e2h.data.storage import Prepared
+from e2h.distributed.console import Tell
 from e2h.distributed.failures import refusal
 from e2h.errors import InputError
 
@@ -30,7 +31,11 @@ TASKS_PER_CPU = 4
 TASK_RETRIES = 10  # machines that vanish are ordinary; a crash that comes back each time is not
 
 
-def prepare_shards(source: Source, data: DataConfig, folder: str) -> list[ShardStats]:
+def untold(done: int, total: int) -> None:
+    """Where nobody watches."""
+
+
+def prepare_shards(source: Source, data: DataConfig, folder: str, tell: Tell = untold) -> list[ShardStats]:
     """Writes every shard of a source below `folder`.
 
     Raises:
@@ -42,10 +47,10 @@ def prepare_shards(source: Source, data: DataConfig, folder: str) -> list[ShardS
         return _answer(lambda: prepare_shard(shard, data, folder, int(row["index"])))
 
     rows = [{"index": index, "shard": pickle.dumps(shard)} for index, shard in enumerate(source.shards)]
-    return list(_values(_tasks(rows).map(prepare)))
+    return list(_values(_tasks(rows).map(prepare), len(rows), tell))
 
 
-def query_sums(run: Run, prepared: Prepared, query: Query, stage: str, domain: str) -> np.ndarray:
+def query_sums(run: Run, prepared: Prepared, query: Query, stage: str, domain: str, tell: Tell = untold) -> np.ndarray:
     """Exact sums of an easy stage's query over the training split, without noise: int64, sensitive.
 
     One pass over the data for all rounds, in few large tasks. Each adds up its files and answers once; answers are
@@ -59,10 +64,11 @@ def query_sums(run: Run, prepared: Prepared, query: Query, stage: str, domain: s
         # The secret is resolved where it is used: it never enters the object store.
         return _refusing(lambda: file_sums(paths, query, mask_key(run, stage, domain)))
 
-    total, num_records = query.zero_sums(), 0
-    for part, count in _answers(partial_sums, _shares(prepared)):
+    total, num_records, shares = query.zero_sums(), 0, _shares(prepared)
+    for done, (part, count) in enumerate(_answers(partial_sums, shares), 1):
         num_records += count
         total += part
+        tell(done, len(shares))
     if num_records != prepared.manifest.num_train:
         raise RuntimeError(f"the pass saw {num_records} records of {prepared.manifest.num_train}; nothing was released")
     return total
@@ -103,7 +109,7 @@ def _num_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 0)))
 
 
-def synthesize(run: Run, num_shards: int) -> int:
+def synthesize(run: Run, num_shards: int, tell: Tell = untold) -> int:
     """Makes the missing shards of synthetic images with a pool of actors; returns the number of images made."""
     scaling = run.config.scaling
     device = "cuda" if scaling.use_gpu else "cpu"
@@ -124,7 +130,7 @@ def synthesize(run: Run, num_shards: int) -> int:
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else None,
     )
-    return sum(_values(made))
+    return sum(_values(made, num_shards, tell))
 
 
 def _tasks(rows: list[Row]) -> ray.data.Dataset:
@@ -148,9 +154,10 @@ def _refusing(work: Callable[[], object]) -> Row:
         return {"value": None, "refused": message}
 
 
-def _values(dataset: ray.data.Dataset) -> Iterator[Any]:
+def _values(dataset: ray.data.Dataset, total: int, tell: Tell) -> Iterator[Any]:
     # The bytes come from our own tasks of this very job, not from a file.
-    for row in dataset.iter_rows():
+    for done, row in enumerate(dataset.iter_rows(), 1):
         if row["refused"]:
             raise InputError(row["refused"])
+        tell(done, total)
         yield pickle.loads(row["value"])

@@ -8,7 +8,7 @@ from e2h.curriculum.run import Run
 from e2h.data.storage import Prepared
 from e2h.distributed import datasets
 from e2h.distributed.capacity import await_nodes
-from e2h.distributed.console import say
+from e2h.distributed.console import say, working
 from e2h.distributed.nodes import on_any_node
 from e2h.privacy.plan import PrivacyPlan
 from e2h.results import show_grid
@@ -23,16 +23,17 @@ def release_easy_stages(run: Run, prepared: Prepared, plan: PrivacyPlan) -> None
 def release_easy_stage(run: Run, prepared: Prepared, plan: PrivacyPlan, stage: str) -> None:
     """Makes one easy stage, unless it is done."""
     if not run.done(stage):
-        await_nodes(run.config.scaling, run.root)
-        easy.release_easy_stage(
-            run,
-            prepared,
-            plan,
-            stage,
-            lambda query, domain: datasets.query_sums(run, prepared, query, stage, domain),
-            on_any_node,
-        )
-        show_grid(run, stage)
+        with working(stage, "fitting a generator" if stage == "frequency" else "") as tell:
+            await_nodes(run.config.scaling, run.root)
+            easy.release_easy_stage(
+                run,
+                prepared,
+                plan,
+                stage,
+                lambda query, domain: datasets.query_sums(run, prepared, query, stage, domain, tell),
+                on_any_node,
+            )
+            show_grid(run, stage)
     say(stage, f"{_told(run.config, stage)} ({stage}/grid.png)")
 
 

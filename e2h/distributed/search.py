@@ -45,7 +45,7 @@ from e2h.curriculum.search_plan import SearchPlan, plan_search
 from e2h.data.filesystem import remove, write_bytes
 from e2h.data.storage import Prepared
 from e2h.distributed.capacity import check_capacity
-from e2h.distributed.console import say, show_plan
+from e2h.distributed.console import say, show_plan, working
 from e2h.distributed.easy import release_easy_stage
 from e2h.distributed.stages import calibrate
 from e2h.distributed.stand_in import as_on, prepare_stand_in, stand_in_data
@@ -250,7 +250,8 @@ def _fit(
         ),
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # boxes and paths, however quiet it is told to be
+        # Boxes and paths, however quiet it is told to be.
+        with working("search", "trials"), contextlib.redirect_stdout(io.StringIO()):
             results = tuner.fit()
     finally:
         remove(storage)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from e2h.config import ScalingConfig
+from e2h.distributed.console import say, working
 
 # Ray reads these when it is imported, in this process and in those it starts.
 QUIET = {
@@ -55,7 +56,8 @@ def session(scaling: ScalingConfig, log: Path) -> Iterator[None]:
 
         started_here = not ray.is_initialized()
         if started_here:
-            _start(scaling)
+            with working("ray", "starting"):
+                _start(scaling)
         try:
             from e2h.distributed.capacity import check_capacity
 
@@ -110,7 +112,6 @@ def _start(scaling: ScalingConfig) -> None:
 
 
 def _say_where(dashboard: str | None) -> None:
-    from e2h.distributed.console import say
     from e2h.distributed.nodes import describe_nodes
 
     say("ray", (f"http://{dashboard}, " if dashboard else "") + describe_nodes())

@@ -19,7 +19,7 @@ from e2h.data.remote import Place
 from e2h.data.storage import Prepared, open_prepared
 from e2h.distributed import datasets
 from e2h.distributed.capacity import await_nodes
-from e2h.distributed.console import say, show_plan, training_status
+from e2h.distributed.console import say, show_plan, training_status, working
 from e2h.distributed.nodes import on_any_node
 from e2h.distributed.progress import PROGRESS_FILE
 from e2h.distributed.training import train_on_workers
@@ -29,9 +29,10 @@ from e2h.privacy.plan import PrivacyPlan, read_plan
 
 def prepare(run: Run) -> Prepared:
     """Private images in any supported layout -> canonical shards (sensitive)."""
-    if not run.done("prepare"):
-        await_nodes(run.config.scaling, run.root)
-    prepared = stages.prepare(run, datasets.prepare_shards)
+    with working("prepare") as tell:
+        if not run.done("prepare"):
+            await_nodes(run.config.scaling, run.root)
+        prepared = stages.prepare(run, partial(datasets.prepare_shards, tell=tell))
     facts = prepared.manifest
     rejected = (
         f", {facts.num_rejected} rejected, but counted in N (prepared/rejected.jsonl)" if facts.num_rejected else ""
@@ -44,9 +45,10 @@ def prepare(run: Run) -> Prepared:
 
 def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
     """Solves every noise multiplier for the target and opens the budget; spends nothing."""
-    content = read_or_make_plan(run, prepared)
-    plan = read_plan(content)
-    run.open_budget(plan.budget)
+    with working("plan"):
+        content = read_or_make_plan(run, prepared)
+        plan = read_plan(content)
+        run.open_budget(plan.budget)
     show_plan(plan, [release["epsilon_alone"] for release in content["releases"]])
     return plan
 
@@ -74,12 +76,13 @@ def sample(run: Run) -> None:
     facts = open_prepared(run.prepared).manifest
     labels = image_labels(run.config.sampling, len(facts.class_names))
     if not run.done("sample"):
-        await_nodes(run.config.scaling, run.root)
-        settle_weights(run)
-        datasets.synthesize(run, num_shards(run.config.sampling))
-        write_synthetic_grid(run, len(facts.class_names))
-        results.show_grid(run, "synthetic")
-        run.mark_done("sample")
+        with working("sample") as tell:
+            await_nodes(run.config.scaling, run.root)
+            settle_weights(run)
+            datasets.synthesize(run, num_shards(run.config.sampling), tell)
+            write_synthetic_grid(run, len(facts.class_names))
+            results.show_grid(run, "synthetic")
+            run.mark_done("sample")
     say("sample", f"{len(labels)} synthetic images (synthetic/grid.png)")
 
 
@@ -94,14 +97,16 @@ def evaluate(run: Run) -> None:
     """Train on synthetic, test on real: sensitive, for the data's owner only."""
     if not run.config.evaluation.enabled:
         return
-    result = results.evaluate(run, on_any_node)
+    with working("evaluate", "training classifiers"):
+        result = results.evaluate(run, on_any_node)
     accuracies = ", ".join(f"{name} {value['accuracy']:.3f}" for name, value in result["downstream"].items())
     say("evaluate", f"accuracy on {result['num_real_test']} real test images: {accuracies} (sensitive)")
 
 
 def publish(run: Run) -> Place:
     """`release/`: the only folder to publish, and the report for its owner (`e2h.results.publish`)."""
-    release = results.publish(run)
+    with working("publish"):
+        release = results.publish(run)
     say("publish", f"to publish: {release}")
     say("", f"for you alone: {run.root / 'report.html'}")
     return release

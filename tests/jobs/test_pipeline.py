@@ -98,6 +98,36 @@ def test_pipeline_leaves_every_contracted_file(undisturbed: tuple[Path, str]) ->
     assert "arning" not in printed.replace("warning    privacy.delta", "")
 
 
+def test_on_a_terminal_there_is_a_live_line_from_the_first_seconds_on_and_only_whole_lines_stay(tmp_path: Path) -> None:
+    primary, secondary = os.openpty()
+    process = subprocess.Popen(
+        command("pipeline", f"run.storage={tmp_path / 'runs'}", "run.name=r", SECRET, *SMALL),
+        cwd=tmp_path,
+        env=environment(COLUMNS="80"),
+        stdout=secondary,
+        stderr=secondary,
+        start_new_session=True,
+    )
+    os.close(secondary)
+    written = b""
+    while part := _read(primary):
+        written += part
+    assert process.wait(timeout=60) == 0, written.decode()
+    live = re.findall(r"\r([a-z0-9]+)", written.decode())
+    assert live[0] == "ray"  # before anything else is known
+    assert {"prepare", "train", "finetune", "sample", "evaluate"} <= set(live)
+    stayed = [line.split("\r")[-1] for line in written.decode().split("\r\n")]
+    stages = [line.split()[0] for line in stayed if re.match(r"\S", line)]
+    assert stages == ["prepare", "plan", "central", "train", "ledger", "sample", "evaluate", "publish"]
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # nobody has it open for writing any more
+        return b""
+
+
 def test_third_party_recomputes_the_printed_epsilon_with_the_easy_stage_in_it(undisturbed: tuple[Path, str]) -> None:
     root, printed = undisturbed
     ledger = json.loads((root / "release" / "ledger.json").read_text())
