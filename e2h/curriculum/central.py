@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from e2h.config import CentralConfig
+from e2h.config import CentralConfig, Config
 from e2h.privacy.clipping import clip_to_grid
 from e2h.privacy.events import PoissonSampledGaussian
 from e2h.privacy.noise import gaussian_noise
+from e2h.privacy.plan import PrivacyPlan
 from e2h.privacy.sampling import poisson_mask
 
 GRID_BITS = 20
@@ -68,6 +69,12 @@ class CentralQuery:
     def expected_count(self) -> float:
         """Public expectation of the records a group gets in a round, classes taken as equally frequent."""
         return self.event.sampling_prob * self.num_records / self.num_groups
+
+    @property
+    def pixel_noise(self) -> float:
+        """Of the mean query: the noise's standard deviation in a pixel of the mean of a group's rounds; white is 1."""
+        noise = self.event.noise_multiplier * self.sensitivity / np.sqrt(self.event.count)
+        return float(noise / self.expected_count)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Each record's contribution on the integer grid; the same bits on every machine (see `clip_to_grid`).
@@ -215,6 +222,14 @@ class CentralQuery:
         if self.central.sharpen:
             picture = picture.filter(ImageFilter.Kernel((3, 3), (0, -1, 0, -1, 5, -1, 0, -1, 0), scale=1))
         return np.asarray(picture).reshape(self.image_size, self.image_size, self.channels)
+
+
+def planned_pixel_noise(config: Config, plan: PrivacyPlan) -> float | None:
+    """`CentralQuery.pixel_noise` of a plan; None where it releases no mean images."""
+    if "central" not in config.curriculum or config.central.query != "mean":
+        return None
+    shape = config.data.image_size, config.data.channels, len(plan.class_names)
+    return CentralQuery(config.central, plan.release("central").event, *shape, plan.num_records).pixel_noise
 
 
 def add_product(total: np.ndarray, masks: np.ndarray, rows: np.ndarray) -> None:

@@ -30,8 +30,13 @@ def say(stage: str, text: str) -> None:
     print(f"{stage:<10} {text}", flush=True)
 
 
-def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float]) -> None:
-    """What will be released and what it costs, before anything is spent; `epsilons_alone` of the plan's releases."""
+def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], pixel_noise: float | None = None) -> None:
+    """What will be released and what it costs, before anything is spent.
+
+    Args:
+      epsilons_alone: of the plan's releases.
+      pixel_noise: of central images, `e2h.curriculum.central.planned_pixel_noise`.
+    """
     say(
         "plan",
         f"N {plan.num_records}, epsilon {plan.bound.epsilon:.4f} of {plan.target_epsilon:g} at delta {plan.delta:g}",
@@ -40,6 +45,8 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float]) -> None:
     for release, alone in zip(plan.releases, epsilons_alone, strict=True):
         print(f"{'':<10} {release.name:<10}{_mechanism(release)}{alone:>15.4f}")
     print(f"{'':<10} RDP, mostly a looser bound, says {plan.bound.epsilon_rdp:.4f}", flush=True)
+    if pixel_noise is not None:
+        print(f"{'':<10} noise of a pixel in a class's central image: {pixel_noise:.3f}, where white is 1", flush=True)
     for warning in plan.warnings:
         say("warning", warning)
 

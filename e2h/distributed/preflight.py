@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from e2h.config import Config
+from e2h.curriculum.central import planned_pixel_noise
 from e2h.curriculum.listing import listed, public_records
 from e2h.curriculum.run import Run, check_binding
 from e2h.curriculum.search import candidates
@@ -32,7 +33,8 @@ def dry_run(config: Config, root: Place) -> PrivacyPlan:
     if run.ledger.budget() is None:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
-    show_plan(plan, [release["epsilon_alone"] for release in content["releases"]])
+    alone = [release["epsilon_alone"] for release in content["releases"]]
+    show_plan(plan, alone, planned_pixel_noise(config, plan))
     return plan
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from e2h import results
 from e2h.config import expect
 from e2h.curriculum import stages
+from e2h.curriculum.central import planned_pixel_noise
 from e2h.curriculum.run import Run
 from e2h.curriculum.stages import forget_images_of_other_weights, read_or_make_plan
 from e2h.curriculum.synthesis import choose_average, image_labels, num_shards, write_synthetic_grid
@@ -49,7 +50,8 @@ def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
         content = read_or_make_plan(run, prepared)
         plan = read_plan(content)
         run.open_budget(plan.budget)
-    show_plan(plan, [release["epsilon_alone"] for release in content["releases"]])
+    alone = [release["epsilon_alone"] for release in content["releases"]]
+    show_plan(plan, alone, planned_pixel_noise(run.config, plan))
     return plan
 
 

@@ -80,6 +80,15 @@ def test_every_coordinate_gets_noise_of_the_accounted_size_once(settings):
     assert (one.release(zero + 12345, NOISE_KEY) - one.release(zero, NOISE_KEY) == 12345).all()
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_noise_of_a_pixel_is_what_the_plan_says(weight):
+    one = query(rounds=9, sigma=0.5, count_weight=weight, num_records=3000)
+    sums, step = one.zero_sums(), one.sensitivity * 2.0**-GRID_BITS
+    sums[..., -1] = one.expected_count * weight * one.central.max_norm / step  # black images, as many as expected
+    noise = one.means(one.release(sums, NOISE_KEY)).mean(axis=0) - one.central.centre
+    assert noise.std() == pytest.approx(one.pixel_noise, rel=0.2)
+
+
 def test_noise_of_the_whole_is_one_vector():
     one = query(count_weight=1.0)
     noise = gaussian_noise(NOISE_KEY, 0, one.zero_sums().size, 5.0 * 2.0**GRID_BITS)
