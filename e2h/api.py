@@ -125,7 +125,7 @@ def _train(run: Run, spending: PrivacyPlan, device: str, tell: Progress) -> None
     totals = {name: one.num_steps for name, (_, one) in warmups(run.config).items()}
     totals["finetune"] = run.config.finetune.num_steps
     if not run.done("train"):
-        with MetricWriter(run.root, run.config.privacy.test_mode) as metrics, _own_threads():
+        with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
             stages.train(run, spending, device, lambda stage, step: tell(stage, step, totals[stage]), metrics.scalar)
 
 
@@ -140,20 +140,6 @@ def _grids_shown(run: Run) -> Iterator[None]:
     for stage in missing:
         if run.done(stage):
             show_grid(run, folders[stage])
-
-
-@contextmanager
-def _own_threads() -> Iterator[None]:
-    """Training computes on one thread, for the sake of exact replays; the caller's number of threads comes back."""
-    import torch
-
-    cudnn = torch.backends.cudnn
-    threads, deterministic, tf32 = torch.get_num_threads(), cudnn.deterministic, cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        cudnn.deterministic, cudnn.allow_tf32 = deterministic, tf32
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from e2h.errors import InputError
 
 SOURCES = ("digits", "idx", "cifar", "image_folder", "parquet")
 EASY_STAGES = ("central", "frequency")  # that a curriculum may consist of
+MAX_NOISE_MULTIPLIER = 1e5  # of any release: above, noise on its grid would outgrow the integers that carry it
 WARMUPS = ("warmup", "warmup2")  # training on what the first and the second of them released
 
 

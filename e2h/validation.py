@@ -10,6 +10,7 @@ import re
 
 from e2h.config import (
     EASY_STAGES,
+    MAX_NOISE_MULTIPLIER,
     SOURCES,
     CentralConfig,
     Config,
@@ -32,6 +33,11 @@ def _positive(config: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         expect(math.isfinite(value) and value > 0, f"{prefix}.{name}", value, "a finite number above 0")
+
+
+def _noise_multiplier(config: object, prefix: str, name: str = "noise_multiplier") -> None:
+    value, most = getattr(config, name), MAX_NOISE_MULTIPLIER
+    expect(value is None or 0 < value <= most, f"{prefix}.{name}", value, f"a number above 0, at most {most:g}")
 
 
 def _share(config: object, prefix: str, *names: str) -> None:
@@ -117,8 +123,7 @@ def _validate_frequency(frequency: FrequencyConfig) -> None:
     even = frequency.num_features % 2 == 0
     expect(even, "frequency.num_features", frequency.num_features, "an even number: cosines and sines")
     _positive(frequency, "frequency", "bandwidth")
-    if frequency.noise_multiplier is not None:
-        _positive(frequency, "frequency", "noise_multiplier")
+    _noise_multiplier(frequency, "frequency")
     share = frequency.budget_share
     expect(0 < share < 1, "frequency.budget_share", share, "a share in (0, 1)")
 
@@ -136,8 +141,7 @@ def _validate_central(central: CentralConfig, image_size: int) -> None:
     _positive_int(central, "central", "num_rounds", "pool_factor")
     q = central.sampling_prob
     expect(0 < q <= 1, "central.sampling_prob", q, "a probability in (0, 1]")
-    if central.noise_multiplier is not None:
-        _positive(central, "central", "noise_multiplier")
+    _noise_multiplier(central, "central")
     share = central.budget_share
     expect(0 < share < 1, "central.budget_share", share, "a share in (0, 1)")
     _positive(central, "central", "max_norm")
@@ -228,8 +232,7 @@ def _validate_search(search: SearchConfig) -> None:
     trials, whole = search.expected_trials, search.privacy == "selection" or search.expected_trials % 1 == 0
     expect(whole and trials >= 1, "search.expected_trials", trials, "a whole number of at least 1")
     _positive_int(search, "search", "max_trials", "score_images", "concurrent_trials")
-    if search.score_noise_multiplier is not None:
-        _positive(search, "search", "score_noise_multiplier")
+    _noise_multiplier(search, "search", "score_noise_multiplier")
     _choice("search.law", search.law, ("negative_binomial", "poisson"))
     if search.score is not None:
         reason = "a score from the real test set is accounted nowhere, and what it chose would depend on it"

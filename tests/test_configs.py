@@ -152,7 +152,7 @@ REFUSED = [
     ("data.class_names", ["cat", "cat"]),
     *(("data.test_fraction", value) for value in (-0.1, 1.0, NAN)),
     *(("central.sampling_prob", value) for value in (0.0, 1.1, NAN)),
-    *(("central.noise_multiplier", value) for value in (0.0, -1.0, NAN, INF)),
+    *(("central.noise_multiplier", value) for value in (0.0, -1.0, NAN, INF, 2e5)),
     *(("central.budget_share", value) for value in (0.0, 1.0, NAN)),
     *(("central.max_norm", value) for value in (0.0, NAN, INF)),
     *(("central.centre", value) for value in (-0.1, 1.1, NAN)),

@@ -18,6 +18,7 @@ from e2h.config import FinetuneConfig
 from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.learner import STAGE, Learner, PrivateRun
+from e2h.curriculum.slots import check_places
 from e2h.curriculum.warmup import Report
 from e2h.curriculum.workers import Workers
 from e2h.data.storage import ImageSet
@@ -54,6 +55,7 @@ def finetune(
 
     Raises:
       BudgetError: if a step can't be paid.
+      InputError: if a record's gradient hangs on its place in a unit.
     """
     network.to(workers.device).train()
     learner = Learner(network, settings, private, workers)
@@ -61,6 +63,7 @@ def finetune(
     # Contributions to two draws in one sum would be noised and paid for as one step of one draw.
     workers.agree(digest([private.domain, first]), "checkpoints or domains")
     engine = private_engine(network, micro_batch_loss, settings)
+    check_places(engine, network, settings, physical_batch_size, records.images.shape[1:], workers.device)
     last, paid_until = min(until or private.release.event.count, private.release.event.count), first
     for step, selected in draws(private, range(first, last), records):
         if step >= paid_until:

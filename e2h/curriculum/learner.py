@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class PrivateRun:
 
     release: Release
     ledger: Ledger
-    secret: bytes
+    secret: bytes = field(repr=False)
     domain: str
     start: str = ""
     noise_shares: int = 1

@@ -155,9 +155,11 @@ class Run:
     def domain(self, event: dict[str, Any], dataset_digest: str, fingerprint: str) -> str:
         """Names everything that determines a release bit for bit (see `e2h.privacy.ledger`).
 
+        Also the run, and of a trial the search: where several have one secret, their noise is their own all the same.
         Keyed, because the ledger keeps it: without the secret it tells nothing about the data.
         """
-        parts = [self.training_binding, code_digest(), event, dataset_digest, fingerprint]
+        names = [self.root.name, self.common.name if self.common else ""]
+        parts = [names, self.training_binding, code_digest(), event, dataset_digest, fingerprint]
         return derive_key(self.secret(), "domain", digest(parts)).hex()
 
     def done(self, stage: str) -> bool:

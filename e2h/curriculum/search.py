@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from e2h import settings
-from e2h.binding import digest
+from e2h.binding import binding, digest
 from e2h.config import Config, LedgerConfig, RunConfig, SearchConfig, expect
 from e2h.curriculum.run import Run
 from e2h.data.filesystem import write_bytes
@@ -173,7 +173,7 @@ def draw_candidates(key: bytes, number: int, choices: int) -> list[int]:
 def search_address(run: Run) -> str:
     """What a search's secret draws are for: with other settings or other data they are drawn anew."""
     data = open_prepared(run.prepared).manifest.digest
-    return digest([search_binding(run.config), run.training_binding, data])
+    return digest([run.root.name, search_binding(run.config), binding(run.config), data])
 
 
 def search_binding(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from e2h.config import Config
+from e2h.config import MAX_NOISE_MULTIPLIER, Config
 from e2h.curriculum.search import (
     RUNGS,
     Values,
@@ -149,6 +149,7 @@ def _given(config: Config, num_records: int, outside: Sequence[str]) -> tuple[Re
     search = config.search
     asked = RUNGS[search.scheduler] if score_kind(search) == "accuracy" else ()
     noise = search.score_noise_multiplier or max(LEAST_SCORE_NOISE, SCORE_DEVIATION * num_records)
+    noise = min(noise, MAX_NOISE_MULTIPLIER)
     scores = [score_release(noise, share) for share in asked]
     fixed = [stage for stage in _inside(config, outside) if getattr(config, stage).noise_multiplier is not None]
     return (*(easy_release(config, stage) for stage in fixed), *scores)
@@ -174,8 +175,9 @@ def _calibrated(before: tuple[Release, ...], step: PoissonSampledGaussian, targe
 
 
 def _scaled(releases: Sequence[Release], factor: float) -> list[Release]:
-    """With more noise in all of them."""
-    events = [replace(one.event, noise_multiplier=one.event.noise_multiplier * factor) for one in releases]
+    """With more noise in all of them, up to the most that a release may have."""
+    noise = [min(one.event.noise_multiplier * factor, MAX_NOISE_MULTIPLIER) for one in releases]
+    events = [replace(one.event, noise_multiplier=most) for one, most in zip(releases, noise, strict=True)]
     return [replace(one, event=event) for one, event in zip(releases, events, strict=True)]
 
 

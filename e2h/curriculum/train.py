@@ -17,7 +17,7 @@ from e2h.config import stamp, warmups
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.finetune import finetune
 from e2h.curriculum.learner import PrivateRun
-from e2h.curriculum.machine import machine
+from e2h.curriculum.machine import fixed_kernels, machine
 from e2h.curriculum.run import Run
 from e2h.curriculum.units import largest_that_fits, unit_size
 from e2h.curriculum.warmup import Report, warm_up
@@ -32,6 +32,7 @@ from e2h.errors import InputError
 from e2h.privacy.events import Release
 
 
+@fixed_kernels()
 def train(
     run: Run,
     release: Release,
@@ -51,10 +52,6 @@ def train(
       leaving: called on every worker as leaving(finished steps): whether a machine of the group was given notice.
       until: DP-SGD steps after which to stop, with the weights of that step; none: all.
     """
-    # One thread a worker: sums inside a kernel then have one order, and a replay is bit-identical.
-    torch.set_num_threads(1)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # last bits of 2^-11 are more than the clip leaves free (guarantee.md, 10)
     prepared = open_prepared(run.prepared)
     network = new_network(run, prepared)
     checkpoints = Checkpoints(run.checkpoints, run.training_binding, leaving)

@@ -19,6 +19,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.rdp import RdpAccountant
 
+from e2h.config import MAX_NOISE_MULTIPLIER
 from e2h.errors import BudgetError
 from e2h.privacy import selection_profile
 from e2h.privacy.events import Charge, Choice, PoissonSampledGaussian, Release, compose
@@ -30,7 +31,6 @@ MIN_DELTA = 1e-10
 # below 2 do not converge at large q, and dp_accounting says so once for each.
 RDP_ORDERS = (*(2 + i / 4 for i in range(24)), *range(8, 64), 80, 96, 128, 192, 256, 512, 1024)
 logging.getLogger("absl").setLevel(logging.ERROR)
-MAX_NOISE_MULTIPLIER = 1e5
 # Discretisation of the privacy loss: the claim uses the fine grid (dp_accounting's default), the search both.
 FINE_GRID = 1e-4
 COARSE_GRID = 1e-3

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import dp_accounting
 
+from e2h.config import MAX_NOISE_MULTIPLIER
 from e2h.privacy.trial_law import TrialLaw
 
 
@@ -16,8 +16,8 @@ from e2h.privacy.trial_law import TrialLaw
 class PoissonSampledGaussian:
     """`count` adaptive rounds: each record joins with `sampling_prob`; the sum gets Gaussian noise once.
 
-    `noise_multiplier` is the noise's standard deviation over the L2 sensitivity of one record's contribution
-    (Abadi et al. 2016; Mironov et al. 2019).
+    `noise_multiplier`, at most MAX_NOISE_MULTIPLIER, is the noise's standard deviation over the L2 sensitivity of one
+    record's contribution (Abadi et al. 2016; Mironov et al. 2019).
     """
 
     sampling_prob: float
@@ -27,7 +27,7 @@ class PoissonSampledGaussian:
     def __post_init__(self) -> None:
         if not (0 < self.sampling_prob <= 1 and self.count >= 0):
             raise ValueError(f"not a mechanism: {self}")
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+        if not 0 < self.noise_multiplier <= MAX_NOISE_MULTIPLIER:
             raise ValueError(f"not a mechanism: {self}")
 
     def dp_event(self) -> dp_accounting.DpEvent:

@@ -169,6 +169,9 @@ def test_a_domain_names_all_that_determines_a_release(tmp_path, monkeypatch):
     def with_seed(config):
         config.seed = 1
 
+    def with_name(config):
+        config.run.name = "another"
+
     others = [
         domain({**EVENT, "noise_multiplier": 2.1}),
         domain(data="ab"),
@@ -176,8 +179,9 @@ def test_a_domain_names_all_that_determines_a_release(tmp_path, monkeypatch):
         domain(secret="env:E2H_ANOTHER"),
         domain(change=with_steps),
         domain(change=with_seed),
+        domain(change=with_name),  # under one secret, another run's noise is its own
     ]
-    assert len({domain(), *others}) == 7
+    assert len({domain(), *others}) == 8
     assert len(bytes.fromhex(domain())) == 32
 
     def elsewhere(config):

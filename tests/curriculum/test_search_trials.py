@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -146,7 +147,9 @@ def test_other_settings_and_other_data_are_other_draws(tmp_path):
         "search": a_run(tmp_path / "c", expected_trials=4.0),
         "model": a_run(tmp_path / "d"),
         "data": a_run(tmp_path / "e"),
+        "guidance": a_run(tmp_path / "f"),
     }
+    searches["guidance"].config.sampling.guidance = 1.0  # free, but what a trial is judged by
     searches["model"].config.model.base_width = 8
     searches["data"].config.data.test_fraction = 0.3
     found = {}
@@ -154,6 +157,10 @@ def test_other_settings_and_other_data_are_other_draws(tmp_path):
         run.root.mkdir(parents=True)
         prepare(run)
         found[name] = search_address(run)
+        if name == "same":
+            renamed = replace(run, root=run.root.with_name("other"), config=run.config)
+            copytree(run.root, renamed.root)
+            found["name"] = search_address(renamed)
     assert found.pop("again") == found["same"]
     assert len(set(found.values())) == len(found)
 
@@ -167,6 +174,9 @@ def test_trials_have_secrets_of_their_own_and_share_the_prepared_set(tmp_path):
     assert len({run.secret() for run in (search, *runs)}) == 3
     assert {run.prepared for run in runs} == {search.prepared}
     assert len({run.ledger.location for run in (search, *runs)}) == 3
+    # Under one secret, trials of the same name in two searches don't share their noise either.
+    twin = replace(runs[0], common=search.root.with_name("another"))
+    assert len({run.domain({}, "data", "here") for run in (*runs, twin)}) == 3
     config = runs[0].config
     assert (config.warmup.num_steps, config.sampling.num_images) == (3, search.config.search.score_images)
     assert (config.evaluation.enabled, config.search.privacy, config.ledger.scope) == (False, None, "run")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,9 @@ import torch
 from e2h.config import FinetuneConfig, ModelConfig
 from e2h.curriculum.batches import make_batch
 from e2h.curriculum.finetune import micro_batch_loss, private_engine
+from e2h.curriculum.slots import check_places, largest_move
 from e2h.diffusion.networks import UNet
+from e2h.errors import InputError
 
 SIZE, DRAWS = 16, 2
 DEVICES = [
@@ -46,3 +51,32 @@ def test_neither_the_place_nor_the_neighbours_of_a_record_change_its_gradient(de
     others = np.concatenate([[0], rng.permutation(np.arange(1, SIZE))])
     assert torch.equal(contribution(others), found)
     torch.set_num_threads(threads)
+
+
+class Misplacing:
+    """An engine whose last place gives other last bits, as kernels with a tail do."""
+
+    def __init__(self, move: int) -> None:
+        self.move = move
+
+    def accumulate(self, batch, weights):
+        vector = torch.full((100,), 2**20, dtype=torch.int64)
+        vector[0] += self.move * int(weights[-1])
+        return SimpleNamespace(vector=vector)
+
+
+@pytest.mark.parametrize(("move", "batch", "covered"), [(0, 10**6, True), (500, 256, True), (2000, 4096, False)])
+def test_training_begins_where_the_clip_covers_all_moves_of_a_draw(move, batch, covered):
+    network = UNet.from_config(ModelConfig(base_width=16, width_multipliers=[1, 1], embedding_width=32), 8, 1, 10, 0)
+    settings = FinetuneConfig(expected_batch_size=batch, noise_multiplicity=1)
+    call = partial(check_places, Misplacing(move), network, settings, 4, (8, 8, 1), torch.device("cpu"))
+    if covered:
+        call()
+    else:
+        with pytest.raises(InputError, match="physical_batch_size=4: expected a size with the same bits"):
+            call()
+
+
+def test_a_unit_of_one_has_one_place():
+    network = UNet.from_config(ModelConfig(base_width=16, width_multipliers=[1, 1], embedding_width=32), 8, 1, 10, 0)
+    assert largest_move(Misplacing(9), network, FinetuneConfig(), 1, (8, 8, 1), torch.device("cpu")) == 0

@@ -248,6 +248,7 @@ def test_a_delta_at_which_the_accountant_is_not_sound_is_refused():
         (0.5, -1.0, 1),
         (0.5, math.nan, 1),
         (0.5, math.inf, 1),
+        (0.5, 1.01e5, 1),
         (0.5, 1.0, -1),
     ],
 )

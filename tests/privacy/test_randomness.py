@@ -14,7 +14,7 @@ from scipy import stats
 from e2h.privacy import noise as noise_module
 from e2h.privacy import sampling
 from e2h.privacy.keys import derive_key
-from e2h.privacy.noise import gaussian_noise
+from e2h.privacy.noise import LARGEST_DEVIATION, gaussian_noise
 from e2h.privacy.sampling import poisson_mask
 
 ALARM = 1e-6
@@ -205,6 +205,16 @@ def test_noise_scales_and_is_rounded_to_whole_numbers():
     assert (coarse == np.rint(fine / 2.0**40 * 1.5)).all()
     # Rounding adds 1/12 of variance; it never takes any away.
     assert coarse.var() == pytest.approx(1.5**2 + 1 / 12, rel=0.02)
+
+
+def test_noise_never_comes_in_steps_wider_than_its_grid(monkeypatch):
+    largest = gaussian_noise(KEY, 0, 100_000, LARGEST_DEVIATION)
+    assert 0.4 < (largest % 2).mean() < 0.6  # the lowest bit is noise too
+    monkeypatch.setattr(noise_module, "keystream", lambda key, first, count: bytes(16 * count))
+    assert abs(gaussian_noise(KEY, 0, 4, LARGEST_DEVIATION)).max() < 2**53  # so is that of the furthest tail
+    for deviation in (LARGEST_DEVIATION * 1.01, 1e30, np.inf, np.nan, -1.0):
+        with pytest.raises(ValueError, match="standard_deviation="):
+            gaussian_noise(KEY, 0, 4, deviation)
 
 
 @pytest.mark.parametrize("byte", [0x00, 0xFF])
