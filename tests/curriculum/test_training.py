@@ -179,7 +179,7 @@ class PaidOnly:
     """Images that may be read only in a step that the ledger has been charged for."""
 
     def __init__(self, images: np.ndarray, training: Training) -> None:
-        self.images, self.training, self.reads = images, training, 0
+        self.images, self.training, self.reads, self.shape = images, training, 0, images.shape
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         self.reads += 1
