@@ -25,7 +25,7 @@ class DataConfig:
     name: str = "digits"  # part of the run's default name
     source: str = "digits"  # digits | idx | cifar | image_folder | parquet
     path: str | None = None  # local path, s3://, gs://; none for digits
-    image_size: int = 8  # pixels; images are square
+    image_size: int = 8  # pixels a side; images are square
     channels: int = 1  # 1 grey, 3 colour
     class_names: list[str] | None = None  # public; none: the source's own list (folder names, ClassLabel)
     labelled: bool = True  # image folder: one folder a class; false: one class for all
@@ -35,18 +35,18 @@ class DataConfig:
     test_fraction: float = 1 / 6  # held out by a hash of the record's name where the source has no split of its own
     resize: str = "uniform"  # uniform: one size, no upscaling, or refuse; any: crop and resize each image
     max_rejected_fraction: float = 0.001  # corrupt images above this share are refused, below it skipped and named
-    records_per_shard: int = 4096
+    records_per_shard: int = 4096  # prepared images a file
 
 
 @dataclass
 class ModelConfig:
     """EDM U-Net (Karras et al. 2022), with GroupNorm only, and the noise levels that it is trained at."""
 
-    base_width: int = 16
-    width_multipliers: list[int] = field(default_factory=lambda: [1, 1])
-    attention_resolutions: list[int] = field(default_factory=lambda: [4])
+    base_width: int = 16  # channels at full resolution
+    width_multipliers: list[int] = field(default_factory=lambda: [1, 1])  # of each level; every level halves the side
+    attention_resolutions: list[int] = field(default_factory=lambda: [4])  # sides in pixels of levels with attention
     blocks_per_level: int = 1
-    embedding_width: int = 64
+    embedding_width: int = 64  # of noise level and class; a multiple of 64
     log_sigma_mean: float = 0.0  # ln(sigma) ~ N(mean, std^2) in training, pixels in [-1, 1]; the paper: -1.2
     log_sigma_std: float = 1.2
 
@@ -55,8 +55,8 @@ class ModelConfig:
 class PrivacyConfig:
     """The target and how randomness is kept."""
 
-    epsilon: float = 10.0
-    delta: float = 1e-4
+    epsilon: float = 10.0  # what all releases together may cost: up to about 1 strong, 10 weak
+    delta: float = 1e-4  # chance that the bound by epsilon fails; well below 1/N
     secret: str | None = None  # file:PATH, env:NAME or s3://... of the master secret; none: a file beside the run
     test_mode: bool = False  # fixed public secret: reproducible and NOT PRIVATE, stamped on every artefact
     noise_shares: int = 1  # parts of a step's noise, dealt to the workers; as many as workers: no sum is bare
@@ -67,9 +67,9 @@ class CentralConfig:
     """An easy stage: noisy central images (DP-FETA)."""
 
     query: str = "mean"  # mean | mode
-    class_conditional: bool = True
-    num_rounds: int = 5
-    sampling_prob: float = 0.5
+    class_conditional: bool = True  # images of each class; false: of all records together
+    num_rounds: int = 5  # central images a class
+    sampling_prob: float = 0.5  # chance of a record to be in a round
     noise_multiplier: float | None = None  # none: solved from budget_share
     budget_share: float = 0.5  # without noise_multiplier: the stage alone is (budget_share * epsilon, delta)-DP
     max_norm: float = 4.0  # clip norm of one record's pooled, centred pixels (mean query)
@@ -85,10 +85,10 @@ class CentralConfig:
 class WarmupConfig:
     """Ordinary training on what an easy stage released: post-processing, free."""
 
-    num_steps: int = 400
+    num_steps: int = 400  # 0: none
     batch_size: int = 64
     learning_rate: float = 3e-3
-    label_dropout: float = 0.1
+    label_dropout: float = 0.1  # share of images without their class, for guidance
     max_shift: int = 0  # pixels; public augmentation
 
 
@@ -109,16 +109,16 @@ class FrequencyConfig:
 class FinetuneConfig:
     """The hard stage: DP-SGD on the full set."""
 
-    num_steps: int = 60
-    expected_batch_size: int = 256
+    num_steps: int = 60  # T
+    expected_batch_size: int = 256  # q N, at most N
     noise_multiplicity: int = 4  # K noise draws an image, averaged before the clip
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # C: what a record adds to a step at most
     learning_rate: float = 1e-3
     schedule: str = "constant"  # constant | cosine | linear: how the learning rate falls to 0 by the last step
     correct_noise_bias: bool = False  # take the noise's known variance out of Adam's second moment
     max_shift: int = 0  # pixels; each of an image's K draws is moved by its own (augmentation multiplicity)
     flip: bool = False  # each of the K draws is mirrored or not
-    ema_decay: float = 0.95
+    ema_decay: float = 0.95  # of the average of weights over steps, which is what is published
     ema_snapshots: int = 0  # moments at which averages are kept for `sampling.ema_widths`; 0: none
     label_dropout: float = 0.1
     clipping: str = "flat"  # flat | normalized | global; contributions are at most max_grad_norm with each
@@ -136,10 +136,10 @@ class SamplingConfig:
 
     num_images: int = 2000
     sampler: str = "heun"  # heun | ddim
-    num_steps: int = 12
+    num_steps: int = 12  # of the sampler; with heun two evaluations of the network each
     guidance: float = 0.0  # w in (1+w) D(y) - w D(null)
-    churn: float = 0.0
-    churn_min: float = 0.05
+    churn: float = 0.0  # noise that the sampler adds anew (Karras et al. 2022); 0: none
+    churn_min: float = 0.05  # only between these noise levels
     churn_max: float = 50.0
     ema_widths: list[float] = field(default_factory=list)  # of averages made after training; none: ema_decay
     class_fractions: list[float] | None = None  # none: uniform; else public shares in class order
@@ -241,14 +241,15 @@ class Config:
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    seed: int = 0
-    dry_run: bool = False
+    seed: int = 0  # of public randomness only
+    dry_run: bool = False  # print the plan, read no image, spend nothing
 
 
 def expect(condition: bool, name: str, value: object, expectation: str, advice: str = "") -> None:
     """Raises `InputError` ("name=value: expected ...; advice") unless the condition holds."""
     if not condition:
-        raise InputError(f"{name}={value}: expected {expectation}" + (f"; {advice}" if advice else ""))
+        shown = "null" if value is None else value
+        raise InputError(f"{name}={shown}: expected {expectation}" + (f"; {advice}" if advice else ""))
 
 
 def run_name(config: Config) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
+from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -34,7 +35,7 @@ def compose(settings: Config | Mapping[str, Any] | None = None) -> Config:
     100
     >>> compose({"privacy.epsilonn": 1.0})
     Traceback (most recent call last):
-    e2h.errors.InputError: settings=privacy.epsilonn: expected the dotted key of a setting, e.g. warmup.num_steps
+    e2h.errors.InputError: privacy.epsilonn=1.0: expected a known key (docs/guide.md); did you mean privacy.epsilon?
     """
     if isinstance(settings, Config):
         return copy.deepcopy(settings)
@@ -65,12 +66,30 @@ def with_values(config: Config, values: Mapping[str, Any], where: str = "") -> C
         for section in sections:
             holder = getattr(holder, section, None)
         known = is_dataclass(holder) and hasattr(holder, last) and not is_dataclass(getattr(holder, last))
-        expect(known, where or "settings", name, "the dotted key of a setting, e.g. warmup.num_steps")
+        like = "" if known or not (found := like_key(name)) else f"did you mean {found}?"
+        expect(known or not where, where, name, "the dotted key of a setting, e.g. warmup.num_steps", like)
+        expect(known, name, new, "a known key (docs/guide.md)", like)
         kind = get_type_hints(type(holder))[last]
         place = f"{where}.{name}" if where else name
         expect(_fits(new, kind), place, repr(new), f"values of type {_type_name(kind)}")
         setattr(holder, last, float(new) if type(new) is int and not _fits(new, kind, strict=True) else new)
     return copied
+
+
+def kinds_of(key: str) -> set[Any]:
+    """The types that a setting takes, `list` for any list: {float, NoneType} of central.noise_multiplier."""
+    *sections, last = key.split(".")
+    holder: Any = functools.reduce(getattr, sections, Config())
+    kind = get_type_hints(type(holder))[last]
+    options = get_args(kind) if get_origin(kind) is not list else (kind,)
+    return {get_origin(one) or one for one in options or (kind,)}
+
+
+def like_key(key: str) -> str | None:
+    """What may have been meant: settings of that name in any section, or one that is spelt alike."""
+    same = [one for one in KEYS if one.split(".")[-1] == key and one != key]
+    near = get_close_matches(key, [*KEYS, *GROUPS], n=1, cutoff=0.75)
+    return " or ".join(same[:3] or near) or None
 
 
 def _fits(value: Any, kind: Any, strict: bool = False) -> bool:
@@ -132,6 +151,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(one, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", one
+
+
+GROUPS = ("data", "model", "scaling", "experiment")  # of presets
+KEYS = tuple(key for key, _ in flat(asdict(Config())))
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def _validate_data(data: DataConfig) -> None:
         f"where the {data.source} data lies",
         "set data.path=... to a local path, s3:// or gs://",
     )
+    advice = "say what it is: data=image_folder, parquet, mnist, cifar10, ..."
+    expect(needs_path or data.path is None, "data.path", data.path, "no path with data.source=digits", advice)
     _folder_name("data.name", data.name)
     if data.num_records is not None:
         _positive_int(data, "data", "num_records")
@@ -79,7 +81,8 @@ def _folder_name(key: str, name: str) -> None:
 
 
 def _validate_privacy(privacy: PrivacyConfig) -> None:
-    _positive(privacy, "privacy", "epsilon")
+    advice = "10 is a weak promise already (docs/guide.md, section 4)"
+    expect(0 < privacy.epsilon <= 100, "privacy.epsilon", privacy.epsilon, "a number above 0, at most 100", advice)
     delta_ok = math.isfinite(privacy.delta) and 0 < privacy.delta < 1
     expect(delta_ok, "privacy.delta", privacy.delta, "a number in (0, 1)", "a common choice is below 1/N")
     # The FFT behind PLD and PRV becomes optimistic below this (docs/guarantee.md).

@@ -8,7 +8,7 @@ import os
 
 from entry import DONE, FAULT, configured
 
-from e2h.config import Config
+from e2h.config import Config, expect
 
 
 def audit(config: Config) -> int:
@@ -18,6 +18,7 @@ def audit(config: Config) -> int:
     from e2h.data.filesystem import write_bytes
     from e2h.distributed.console import say
 
+    expect(not config.dry_run, "dry_run", True, "no dry run: an audit reads no data and spends nothing")
     path = make_root(config) / "audit.json"
     found = audit.audit(Subject(config), os.urandom(32), lambda text: say("audit", text))
     write_bytes(path, json.dumps(audit.report(found), indent=2).encode())

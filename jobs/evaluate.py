@@ -1,4 +1,4 @@
-"""Train on synthetic, test on real (sensitive)."""
+"""Train on synthetic, test on real (sensitive); after sample.py."""
 
 from entry import job
 

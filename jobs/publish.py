@@ -1,4 +1,4 @@
-"""The release folder and the report."""
+"""The release folder and the report; after sample.py."""
 
 from entry import job
 

@@ -1,4 +1,4 @@
-"""Synthetic images from the released weights."""
+"""Synthetic images from the released weights; after train.py."""
 
 from entry import job
 

@@ -24,7 +24,11 @@ def usage(program: str, description: str) -> str:
       description: what it does, and examples.
     """
     lines = [description.strip(), "", f"usage: python {program} [GROUP=PRESET ...] [KEY=VALUE ...]"]
-    lines += ["Quote lists: 'curriculum=[central,frequency]'. More: docs/guide.md", "", "Presets:"]
+    lines += [
+        "Quote lists: 'curriculum=[central,frequency]'. None is written null. More: docs/guide.md",
+        "",
+        "Presets:",
+    ]
     lines += [f"  {group}=" + "|".join(presets(group)) for group in ("data", "model", "experiment", "scaling")]
     lines += ["", "Settings, with their defaults (--cfg job --resolve prints those of a call):"]
     comments = dict(_comments(inspect.getsource(e2h.config)))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
-from difflib import get_close_matches
 
-from e2h.config import Config, expect
-from e2h.settings import check_preset, flat
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
 
-GROUPS = ("data", "model", "scaling", "experiment")
+from e2h.config import expect
+from e2h.settings import GROUPS, KEYS, check_preset, kinds_of, like_key
+
 HYDRA_OPTIONS = {
     *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"),
     *("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
 }
-KEYS = tuple(key for key, _ in flat(asdict(Config())))
 SETTING = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
 
@@ -28,24 +28,39 @@ def check_words(words: Sequence[str]) -> None:
     options = {word.split("=")[0] for word in words if word.startswith("-")}
     for option in sorted(options - HYDRA_OPTIONS):
         setting = option.lstrip("-").replace("-", "_")
-        meant = (_like(setting) or setting).split()[0]
+        meant = (like_key(setting) or setting).split()[0]
         expect(False, "option", option, "settings as key=value", f"e.g. {meant}=..., see --help")
     own_presets = not options & {"-cp", "--config-path", "-cd", "--config-dir"}
     for key, value in (found.groups() for word in words if (found := SETTING.fullmatch(word))):
         if key in GROUPS and own_presets and value != "null":
             check_preset(key, value)
         elif not key.startswith("hydra.") and not _is_known(key):
-            like = _like(key)
+            like = like_key(key)
             expect(False, key, value, "a known key (see --help)", f"did you mean {like}?" if like else "")
+        elif key in KEYS and "$" not in value:
+            _check_value(key, value)
+
+
+def _check_value(key: str, written: str) -> None:
+    """Refuses what is of another kind than the setting; how a value is written is left to Hydra."""
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={written}")
+    except HydraException:
+        return
+    kinds = kinds_of(key)
+    several = f"a list is written '{key}=[...]'"
+    expect(not parsed.is_sweep_override(), key, written, "one value", several if list in kinds else "")
+    value = parsed.value()
+    number, or_null = {int, float} & kinds, ", or null" if type(None) in kinds else ""
+    if kinds & {int, float} == {int}:
+        expect(value is None or type(value) is int, key, written, f"a whole number{or_null}")
+    elif list in kinds and value is not None:
+        expect(isinstance(value, list), key, written, f"a list{or_null}", f"e.g. '{key}=[{written}]'")
+    elif number or bool in kinds:
+        expectation = "a number" if number else "true or false"
+        expect(not isinstance(value, (str, QuotedString)), key, written, f"{expectation}{or_null}")
 
 
 def _is_known(key: str) -> bool:
     """Also a section, and what is below `search.space`."""
     return key.startswith("search.space.") or any(f"{one}.".startswith(f"{key}.") for one in (*KEYS, *GROUPS))
-
-
-def _like(key: str) -> str | None:
-    """What may have been meant: settings of that name in any section, or one that is spelt alike."""
-    same = [one for one in KEYS if one.split(".")[-1] == key and one != key]
-    near = get_close_matches(key, [*KEYS, *GROUPS], n=1, cutoff=0.75)
-    return " or ".join(same[:3] or near) or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e2h.config import Config, expect
+from e2h.config import Config, PrivacyConfig, expect
 from e2h.data.records import Source
 from e2h.data.sources import open_source
 from e2h.privacy.plan import check_batch
@@ -35,3 +35,19 @@ def listed(config: Config) -> Source:
 def public_records(config: Config, source: Source) -> int:
     """N as it is declared, or the number of listed training records."""
     return config.data.num_records or source.num_train
+
+
+def doubts(config: Config) -> list[str]:
+    """Settings that are allowed and seldom meant, in a sentence each."""
+    found, model, own = [], config.model, config.data.source in ("image_folder", "parquet")
+    if own and (config.privacy.epsilon, config.privacy.delta) == (PrivacyConfig.epsilon, PrivacyConfig.delta):
+        found.append(
+            "privacy.epsilon=10 and privacy.delta=1e-4 are the demo's; choose yours (docs/guide.md, section 4)"
+        )
+    sides = [config.data.image_size // 2**level for level in range(len(model.width_multipliers))]
+    if model.attention_resolutions and not set(model.attention_resolutions) & set(sides):
+        found.append(
+            f"model.attention_resolutions={model.attention_resolutions}: the network's levels have {sides} pixels, so "
+            f"there will be no attention; choose the model= made for data.image_size={config.data.image_size}"
+        )
+    return found

@@ -26,6 +26,7 @@ from e2h.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 TEST_NAMES = ("test", "val", "validation")  # the first that is there is the test split, the others stay unused
+SPLIT_NAMES = {"train", "training", *TEST_NAMES, "testing", "valid", "dev", "eval"}  # no classes, however written
 ENCRYPTED = 0x1 | 0x40  # flag bits: the old and the strong encryption
 READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
@@ -40,6 +41,7 @@ def open_folder(data: DataConfig) -> Source:
         that leaves the folder, is encrypted or occurs twice.
     """
     groups = _split_groups(_list_images(data), data)
+    _refuse_wrong_level(groups, data)
     labels, names = _label_folders(groups, data)
     shards: list[Shard] = []
     for split, group in groups.items():
@@ -114,6 +116,19 @@ def _split_groups(parts: Parts, data: DataConfig) -> dict[str, Parts]:
             raise path_error(data, f"images below train/ and {test or 'test'}/ only, found {name}", "move it")
     below = {top: {name: path[1:] for name, path in parts.items() if path[0] == top} for top in ("train", test)}
     return {"train": below["train"], "test": below[test]} if test else {"all": below["train"]}
+
+
+def _refuse_wrong_level(groups: dict[str, Parts], data: DataConfig) -> None:
+    """Folders of folders are no classes: they are a split by other names, or the path is one level too high."""
+    paths = [path for group in groups.values() for path in group.values()]
+    tops = sorted({path[0] for path in paths})
+    if not data.labelled or min(map(len, paths)) < 3:
+        return
+    if len(tops) > 1 and {top.lower() for top in tops} <= SPLIT_NAMES:
+        raise path_error(data, f"class folders, found {', '.join(tops)}", "rename them train and test")
+    if len(tops) == 1:
+        advice = f"add {tops[0]} to the path, or set data.labelled=false for one class"
+        raise path_error(data, f"class folders, found {tops[0]} alone with folders in it", advice)
 
 
 def _class_folder(path: tuple[str, ...], data: DataConfig) -> str:

@@ -11,6 +11,8 @@ from shutil import get_terminal_size
 from typing import ClassVar
 
 from e2h.config import Config, warmups
+from e2h.curriculum.central import planned_pixel_noise
+from e2h.curriculum.listing import doubts
 from e2h.data.remote import Place
 from e2h.distributed.monitor import epsilon_after
 from e2h.distributed.progress import read_progress
@@ -30,12 +32,12 @@ def say(stage: str, text: str) -> None:
     print(f"{stage:<10} {text}", flush=True)
 
 
-def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], pixel_noise: float | None = None) -> None:
+def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], config: Config | None = None) -> None:
     """What will be released and what it costs, before anything is spent.
 
     Args:
       epsilons_alone: of the plan's releases.
-      pixel_noise: of central images, `e2h.curriculum.central.planned_pixel_noise`.
+      config: of a run; none for all trials of a search together.
     """
     say(
         "plan",
@@ -45,9 +47,10 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], pixel_noise: f
     for release, alone in zip(plan.releases, epsilons_alone, strict=True):
         print(f"{'':<10} {release.name:<10}{_mechanism(release)}{alone:>15.4f}")
     print(f"{'':<10} RDP, mostly a looser bound, says {plan.bound.epsilon_rdp:.4f}", flush=True)
-    if pixel_noise is not None:
-        print(f"{'':<10} noise of a pixel in a class's central image: {pixel_noise:.3f}, where white is 1", flush=True)
-    for warning in plan.warnings:
+    noise = planned_pixel_noise(config, plan) if config else None
+    if noise is not None:
+        print(f"{'':<10} noise of a pixel in a class's central image: {noise:.3f}, where white is 1", flush=True)
+    for warning in [*plan.warnings, *(doubts(config) if config else [])]:
         say("warning", warning)
 
 

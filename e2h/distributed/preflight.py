@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from e2h.config import Config
-from e2h.curriculum.central import planned_pixel_noise
 from e2h.curriculum.listing import listed, public_records
 from e2h.curriculum.run import Run, check_binding
 from e2h.curriculum.search import candidates
@@ -33,18 +32,18 @@ def dry_run(config: Config, root: Place) -> PrivacyPlan:
     if run.ledger.budget() is None:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
-    alone = [release["epsilon_alone"] for release in content["releases"]]
-    show_plan(plan, alone, planned_pixel_noise(config, plan))
+    show_plan(plan, [release["epsilon_alone"] for release in content["releases"]], config)
     return plan
 
 
 def understood(config: Config, source: Source) -> str:
     """What the listing says of the images, which nobody has opened yet."""
     names = ", ".join(source.class_names[:5]) + (", ..." if len(source.class_names) > 5 else "")
+    classes = f"{len(source.class_names)} class{'es' * (len(source.class_names) > 1)}"
     size, channels = config.data.image_size, "grey" if config.data.channels == 1 else "colour"
     return (
-        f"{source.num_train} training + {source.num_test} test listed, {len(source.class_names)} classes ({names}), "
-        f"to be {size}x{size} {channels}; sizes and damaged files show when the run opens them"
+        f"{source.num_train} training + {source.num_test} test listed, {classes}, whose names will be "
+        f"published ({names}), to be {size}x{size} {channels}; sizes and damaged files show when the run opens them"
     )
 
 

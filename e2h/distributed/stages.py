@@ -12,7 +12,6 @@ from functools import partial
 from e2h import results
 from e2h.config import expect
 from e2h.curriculum import stages
-from e2h.curriculum.central import planned_pixel_noise
 from e2h.curriculum.run import Run
 from e2h.curriculum.stages import forget_images_of_other_weights, read_or_make_plan
 from e2h.curriculum.synthesis import choose_average, image_labels, num_shards, write_synthetic_grid
@@ -40,7 +39,7 @@ def prepare(run: Run) -> Prepared:
     )
     shape = f"{facts.image_size}x{facts.image_size}x{facts.channels}"
     counts = f"{facts.num_train} training + {facts.num_test} test images"
-    say("prepare", f"{counts}, {shape}, {len(facts.class_names)} classes{rejected}")
+    say("prepare", f"{counts}, {shape}, {len(facts.class_names)} class{'es' * (len(facts.class_names) > 1)}{rejected}")
     return prepared
 
 
@@ -50,8 +49,7 @@ def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
         content = read_or_make_plan(run, prepared)
         plan = read_plan(content)
         run.open_budget(plan.budget)
-    alone = [release["epsilon_alone"] for release in content["releases"]]
-    show_plan(plan, alone, planned_pixel_noise(run.config, plan))
+    show_plan(plan, [release["epsilon_alone"] for release in content["releases"]], run.config)
     return plan
 
 

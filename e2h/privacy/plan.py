@@ -83,7 +83,7 @@ class PrivacyPlan:
             "Unit of protection: one record (one image with its label). Neighbouring data sets: one record's "
             "contribution is replaced by nothing (add-or-remove-one in its zero-out form).",
             f"Public, and not protected: the number of training records N = {self.num_records}, the list of "
-            f"{len(self.class_names)} classes, the image size, and every setting in config.yaml but the secret.",
+            f"{len(self.class_names)} classes, the image size, and every setting in config.yaml.",
             *(_describe(release) for release in self.releases),
             *([self._shared_statement(self.shared)] if self.shared else []),
             "All that is published (images, model weights, this document) is computed from these releases alone.",

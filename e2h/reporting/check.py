@@ -73,8 +73,8 @@ def check(release_dir: str | os.PathLike[str]) -> list[str]:
     run that was not private to begin with.
     """
     folder = Path(release_dir)
-    if not folder.is_dir():
-        return [f"release_dir={folder}: expected a release folder"]
+    if not folder.is_dir() or not any((folder / name).exists() for name in ("ledger.json", "README.md")):
+        return [f"release_dir={folder}: expected a release folder, runs/NAME/release"]
     return [*content_problems(folder), *ledger_problems(folder), *_not_private(folder)]
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from e2h.data.remote import Place
 from e2h.errors import InputError
-from e2h.reporting.privacy_curves import best_guess
+from e2h.reporting.privacy_curves import best_guess, hit_rate
 
 RELATIONS = {
     "REPLACE_SPECIAL": "one record's contribution is replaced by nothing (add-or-remove-one in its zero-out form); "
@@ -31,11 +31,11 @@ TITLES = {
 
 ASSUMPTIONS = (
     "One person contributed one record. Where a person contributed several, the guarantee for that person is weaker: "
-    "it degrades with every further record.",
+    "with m records epsilon is m times as large, and delta grows faster still.",
     "The run's secret, from which sampling and noise were drawn, stays secret. Its owner can undo the noise.",
     "No setting was chosen by looking at the private images, unless “tuning” in ledger.json says so and charges it.",
-    "The software computes what it states. Its noise is drawn in floating-point arithmetic; attacks on the rounding of "
-    "such noise (Mironov, 2012) are theoretical and not addressed.",
+    "The software computes what it states. Sums are whole numbers and noise is rounded to their grid, against attacks "
+    "on low-order bits (Mironov, 2012); that the noise is Gaussian to within rounding is assumed.",
 )
 
 NOT_PROTECTED = (
@@ -109,8 +109,10 @@ def meaning(plan: Mapping[str, Any]) -> str:
     return (
         "In plain words: if a fair coin decided whether one given record takes part, even someone who knows all other "
         "records and sees everything published here would tell right in at most "
-        f"{percent_up(best_guess(plan))} of cases; 50 % is blind guessing, 100 % no protection. This is the worst case "
-        "over all records and all attacks."
+        f"{percent_up(best_guess(plan))} of cases; 50 % is blind guessing, 100 % no protection. An attack that wrongly "
+        f"accuses 1 % of the absent finds at most {percent_up(hit_rate(plan, 0.01))} of those who took part. These are "
+        "worst cases over all records and all attacks. As a rule, an epsilon up to about 1 is a strong promise, a few "
+        "a meaningful one, 10 a weak one."
     )
 
 

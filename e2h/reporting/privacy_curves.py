@@ -26,6 +26,14 @@ def best_guess(plan: Mapping[str, Any]) -> float:
     return (1 + float(_profile(*_key(plan))[1][0])) / 2
 
 
+def hit_rate(plan: Mapping[str, Any], false_alarms: float) -> float:
+    """Largest share of true members that a test finds while it accuses that share of the others; both in [0, 1]."""
+    epsilons, deltas = _profile(*_key(plan))
+    steep = deltas + np.exp(epsilons) * false_alarms
+    flat = 1 - np.exp(-epsilons) * (1 - deltas - false_alarms)
+    return float(np.minimum(1, np.minimum(steep, flat)).min())
+
+
 def trade_off(plan: Mapping[str, Any]) -> Curve:
     """(false alarms, smallest possible share of misses) of any test for one record, both in [0, 1].
 

@@ -110,7 +110,7 @@ def _noise_by_share(plan: Mapping[str, Any], shares: Mapping[str, Sequence[Point
         words.append(f"{what} noise multiplier {noise:.3g}")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
     axes.grid(axis="x", visible=False)
     axes.set(xlim=(0, 100), xlabel="share of epsilon for central images, %")
     title = "Noise multipliers by the share that central images get"

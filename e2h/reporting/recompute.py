@@ -18,7 +18,8 @@ TOLERANCE = 1e-6
 _RECIPE = """\
 import json, dp_accounting as dp
 ledger = json.load(open("ledger.json"))
-accountant = dp.{accountant}(neighboring_relation=dp.NeighboringRelation[ledger["neighbouring_relation"]])
+relation = dp.NeighboringRelation[ledger["neighbouring_relation"]]
+accountant = dp.{accountant}(neighboring_relation=relation)
 for e in [release["event"] for release in ledger["releases"]]:
     step = dp.PoissonSampledDpEvent(e["sampling_prob"], dp.GaussianDpEvent(e["noise_multiplier"]))
     accountant.compose(step, e["count"])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from e2h.config import Config
-from e2h.curriculum.listing import listed
+from e2h.curriculum.listing import doubts, listed
 from e2h.data.exports import write_hf_parquet
 from e2h.errors import InputError
+from e2h.settings import compose
 
 
 def config_of(folder: Path, num_classes: int = 2) -> Config:
@@ -39,5 +40,23 @@ def test_one_class_has_no_accuracy_to_search_by(tmp_path, score, ok):
     if ok:
         listed(config)
     else:
-        with pytest.raises(InputError, match=rf"^search.score={score}: expected central where there is one class"):
+        shown = score or "null"
+        with pytest.raises(InputError, match=rf"^search.score={shown}: expected central where there is one class"):
             listed(config)
+
+
+def test_own_images_at_the_demos_target_are_doubted(tmp_path):
+    assert doubts(Config()) == []
+    config = config_of(tmp_path)
+    (said,) = doubts(config)
+    assert said.startswith("privacy.epsilon=10 and privacy.delta=1e-4 are the demo's; choose yours")
+    config.privacy.epsilon = 4.0
+    assert doubts(config) == []
+
+
+@pytest.mark.parametrize("model", ["px8", "px28", "px28_small", "px32", "px64", "px128"])
+def test_a_network_for_another_size_is_doubted_and_one_for_this_size_is_not(model):
+    size = int("".join(filter(str.isdigit, model)))
+    assert doubts(compose({"model": model, "data.image_size": size})) == []
+    other = compose({"model": model, "data.image_size": 20})
+    assert ["will be no attention" in said for said in doubts(other)] == [True]

@@ -66,7 +66,7 @@ def test_other_values_are_set_in_a_copy():
     ("name", "value", "said"),
     [
         ("warmup.num_step", 7, "search.space=warmup.num_step: expected the dotted key of a setting"),
-        ("warmpu.num_steps", 7, "search.space=warmpu.num_steps"),
+        ("warmpu.num_steps", 7, "e.g. warmup.num_steps; did you mean warmup.num_steps?"),
         ("warmup", {}, "search.space=warmup"),
         ("warmup.num_steps.x", 7, "search.space=warmup.num_steps.x"),
         ("warmup.num_steps", 7.5, "search.space.warmup.num_steps=7.5: expected values of type int"),

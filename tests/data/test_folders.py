@@ -111,6 +111,28 @@ def test_empty_and_missing_folder(tmp_path: Path) -> None:
         open_source(config(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("tops", [["Training", "Testing"], ["train", "valid"], ["TEST", "Train", "Validation"]])
+def test_a_split_by_other_names_is_not_taken_for_classes(tmp_path: Path, write_images, tops: list[str]) -> None:
+    write_images(tmp_path, [f"{top}/{name}" for top in tops for name in PETS])
+    with pytest.raises(InputError, match=rf"found {', '.join(sorted(tops))}; rename them train and test"):
+        open_source(config(tmp_path))
+    assert open_source(config(tmp_path, labelled=False)).num_train > 0
+
+
+def test_a_path_one_level_too_high_is_refused_with_the_way_down(tmp_path: Path, write_images) -> None:
+    write_images(tmp_path, [f"pets/{name}" for name in PETS])
+    with pytest.raises(InputError, match="found pets alone with folders in it; add pets to the path"):
+        open_source(config(tmp_path))
+    assert open_source(config(tmp_path / "pets")).class_names == ("cats", "dogs")
+
+
+def test_folders_within_classes_belong_to_them(tmp_path: Path, write_images) -> None:
+    write_images(
+        tmp_path, [f"{top}/{year}/{index}.png" for top in ("cat", "dog") for year in "12" for index in range(4)]
+    )
+    assert open_source(config(tmp_path)).class_names == ("cat", "dog")
+
+
 def test_class_with_one_training_image(tmp_path: Path, write_images) -> None:
     write_images(tmp_path, [*PETS, "birds/1.png"])
     with pytest.raises(InputError, match="class 'birds' has 1"):

@@ -64,6 +64,7 @@ def test_half_the_noise_fails_with_code_1_and_is_named(run_job, tmp_path):
     [
         (["privacy.epsilon=0"], "privacy.epsilon=0.0"),
         (["modle=px8"], "modle"),
+        (["dry_run=true"], "dry_run=True: expected no dry run"),
         (["run.storage=gs://bucket/x"], "run.storage=gs://bucket/x"),
         (["run.storage=FILE"], "run.storage="),
         (["data.image_size=1", "model.width_multipliers=[1]", "model.attention_resolutions=[]"], "data.image_size=1"),

@@ -45,7 +45,7 @@ def refused(monkeypatch, capsys, tmp_path):
 
 INDEPENDENT = "trials must be independent: one that depends on another's score breaks the bound"
 CASES = {
-    "no mode": ([], "search.privacy=None: expected proxy, selection or compose"),
+    "no mode": ([], "search.privacy=null: expected proxy, selection or compose"),
     "unknown mode": (["search.privacy=free"], "search.privacy=free: expected one of proxy, selection, compose"),
     "asha": (["search.privacy=selection", "search.scheduler=asha"], INDEPENDENT),
     "optuna": (["search.privacy=selection", "search.sampler=optuna"], INDEPENDENT),
@@ -58,7 +58,7 @@ CASES = {
         ["search.privacy=proxy", "search.proxy.source=idx", "search.proxy.path=/public", "search.score=accuracy"],
         "search.score=accuracy: expected test or central",
     ),
-    "no stand-in": (["search.privacy=proxy"], "search.proxy.source=None: expected public images to search on"),
+    "no stand-in": (["search.privacy=proxy"], "search.proxy.source=null: expected public images to search on"),
     "the private set as stand-in": (
         ["search.privacy=proxy", "search.proxy.source=digits"],
         "search.proxy.source=digits: expected public or synthetic images; these are the private images themselves",

@@ -31,6 +31,13 @@ def test_guess_and_errors_are_those_of_the_likelihood_ratio_test_between_two_gau
         assert exact - 0.01 < misses <= exact + 1e-9
 
 
+@pytest.mark.parametrize("sigma", [0.5, 2.0, 20.0])
+@pytest.mark.parametrize("alarms", [0.001, 0.01, 0.2])
+def test_hits_at_few_false_alarms_are_those_of_the_likelihood_ratio_test(sigma, alarms):
+    exact = NORMAL.cdf(NORMAL.inv_cdf(alarms) + 1 / sigma)
+    assert exact - 1e-9 <= privacy_curves.hit_rate(gaussian(sigma), alarms) < exact + 0.01
+
+
 def test_spending_goes_up_to_the_plans_epsilon(epsilons):
     spent = privacy_curves.spent_after(plan_of(epsilons))
     assert spent == [pytest.approx(epsilons["central"], rel=0.01), epsilons["pld"]]

@@ -234,7 +234,11 @@ def test_check_knows_an_internal_report(make_run):
 
 
 def test_check_of_no_folder(tmp_path):
-    assert re.match("release_dir=.*expected a release folder", check(tmp_path / "none")[0])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.png").write_bytes(b"1")
+    for name in ("none", "photos"):
+        (problem,) = check(tmp_path / name)
+        assert re.match("release_dir=.*expected a release folder, runs/NAME/release", problem)
 
 
 def test_hugging_face_datasets_load_the_release(release, tmp_path):
