@@ -51,4 +51,4 @@ def test_a_bucket_that_is_not_there_is_refused(run_job: Job, bucket: str) -> Non
     secret = "privacy.secret=env:E2H_TEST_SECRET"
     refused(run_job("train", *SMALL, "ledger.path=s3://absent/one"), 2, "s3://absent/one", "NoSuchBucket")
     refused(run_job("train", *SMALL, "run.storage=s3://absent/runs", secret), 2, "s3://absent/runs", "NoSuchBucket")
-    refused(run_job("train", *SMALL, f"run.storage={bucket}/runs"), 2, "privacy.secret=None")
+    refused(run_job("train", *SMALL, f"run.storage={bucket}/runs"), 2, "privacy.secret=null")

@@ -132,7 +132,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 def test_the_pipeline_does_not_search(refused):
     code, line = refused("search.privacy=selection", searching=False)
     assert code == 2
-    assert "search.privacy=selection: expected none: jobs/search.py searches" in line
+    assert "search.privacy=selection: expected no value here; run jobs/search.py with it" in line
 
 
 @pytest.mark.long

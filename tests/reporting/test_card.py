@@ -55,7 +55,7 @@ def test_printed_lines_recompute_epsilon(make_run, monkeypatch, epsilons, accoun
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(code, {})
     assert float(output.getvalue()) == pytest.approx(epsilons[accountant], abs=1e-6)
-    assert len(code.splitlines()) <= 7
+    assert len(code.splitlines()) <= 8
 
 
 def test_warnings_and_the_banner_appear_only_when_due(make_run):
