@@ -120,22 +120,23 @@ def key(one: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line for each experiment, mean and sample deviation over its seeds."""
-    lines = ["| experiment | easy stages | epsilon | LR | MLP | CNN | seeds | minutes a run, hardware |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|---|")
+    lines = ["| experiment | easy stages | epsilon | LR | MLP | CNN | Frechet | seeds | minutes a run, hardware |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|---|")
     for name in dict.fromkeys(map(key, rows)):
         same = [one for one in rows if key(one) == name]
         first, minutes = same[0], statistics.mean(one["minutes"] for one in same)
-        accuracies = [_spread([one["accuracy"][kind] for one in same]) for kind in CLASSIFIERS]
+        figures = [_spread([one["accuracy"][kind] for one in same]) for kind in CLASSIFIERS]
+        figures.append(_spread([one["frechet"] for one in same], 0))
         settings = " ".join(["`" + first["experiment"], *first["overrides"]]) + "`"
         stages, epsilon = ", ".join(first["curriculum"]) or "none", f"{first['epsilon']:g}"
-        cells = [settings, stages, epsilon, *accuracies, str(len(same)), f"{minutes:.0f}, {first['hardware']}"]
+        cells = [settings, stages, epsilon, *figures, str(len(same)), f"{minutes:.0f}, {first['hardware']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+def _spread(values: Sequence[float], digits: int = 3) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def main() -> None:

@@ -20,7 +20,14 @@ import quality  # noqa: E402
 def fake_row(seed: int, cnn: float, overrides: list[str]) -> dict:
     accuracy = {"logistic_regression": 0.5, "mlp": 0.6, "cnn": cnn}
     same = {"experiment": "mnist_cpu", "curriculum": ["central"], "epsilon": 1.0, "hardware": "2 CPU cores"}
-    return {**same, "overrides": overrides, "seed": seed, "accuracy": accuracy, "minutes": 30.0 + seed}
+    return {
+        **same,
+        "overrides": overrides,
+        "seed": seed,
+        "accuracy": accuracy,
+        "frechet": 20.0 + seed,
+        "minutes": 30.0 + seed,
+    }
 
 
 def test_a_row_of_the_table_has_mean_and_spread_over_the_seeds_of_one_experiment():
@@ -29,10 +36,10 @@ def test_a_row_of_the_table_has_mean_and_spread_over_the_seeds_of_one_experiment
     lines = quality.table(rows).splitlines()
     assert len(lines) == 4
     assert lines[2] == (
-        "| `mnist_cpu privacy.epsilon=1` | central | 1 | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.910 ± 0.010 | 3 | "
-        "31, 2 CPU cores |"
+        "| `mnist_cpu privacy.epsilon=1` | central | 1 | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.910 ± 0.010 | "
+        "21 ± 1 | 3 | 31, 2 CPU cores |"
     )
-    assert "| 0.300 | 1 |" in lines[3]
+    assert "| 0.300 | 20 | 1 |" in lines[3]
 
 
 def test_a_stopped_call_goes_on_with_the_seeds_that_have_no_row(tmp_path, monkeypatch, capsys):

@@ -48,6 +48,6 @@ def doubts(config: Config) -> list[str]:
     if model.attention_resolutions and not set(model.attention_resolutions) & set(sides):
         found.append(
             f"model.attention_resolutions={model.attention_resolutions}: the network's levels have {sides} pixels, so "
-            f"there will be no attention; choose the model= made for data.image_size={config.data.image_size}"
+            f"attention is in its middle alone; choose the model= made for data.image_size={config.data.image_size}"
         )
     return found

@@ -74,7 +74,7 @@ class Attention(nn.Module):
         return (x + self.out(mixed)) * SKIP_SCALE
 
 
-class Stage(nn.Module):
+class Block(nn.Module):
     """A residual block, with or without attention behind it."""
 
     def __init__(
@@ -129,7 +129,7 @@ class UNet(nn.Module):
             self.embed1 = nn.Linear(embedding_width, embedding_width)
             self.conv_in = nn.Conv2d(channels, base_width, 3, padding=1)
             widths = [base_width * multiplier for multiplier in width_multipliers]
-            self._build_stages(image_size, widths, set(attention_resolutions), blocks_per_level, embedding_width)
+            self._build_blocks(image_size, widths, set(attention_resolutions), blocks_per_level, embedding_width)
             self.norm_out = _group_norm(widths[0])
             self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
         self.to_empty(device="cpu")
@@ -150,29 +150,29 @@ class UNet(nn.Module):
             seed,
         )
 
-    def _build_stages(
+    def _build_blocks(
         self, image_size: int, widths: list[int], attention_resolutions: set[int], num_blocks: int, embedding_width: int
     ) -> None:
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         width, resolution, skips = self.base_width, image_size, [self.base_width]
         for level, level_width in enumerate(widths):
             if level > 0:
-                self.down.append(Stage(width, width, embedding_width, resample="down"))
+                self.down.append(Block(width, width, embedding_width, resample="down"))
                 skips.append(width)
                 resolution //= 2
             for _ in range(num_blocks):
-                self.down.append(Stage(width, level_width, embedding_width, resolution in attention_resolutions))
+                self.down.append(Block(width, level_width, embedding_width, resolution in attention_resolutions))
                 width = level_width
                 skips.append(width)
-        self.middle.append(Stage(width, width, embedding_width, attention=True))
-        self.middle.append(Stage(width, width, embedding_width))
+        self.middle.append(Block(width, width, embedding_width, attention=True))
+        self.middle.append(Block(width, width, embedding_width))
         for level, level_width in reversed(list(enumerate(widths))):
             for block in range(num_blocks + 1):
                 attention = resolution in attention_resolutions and block == num_blocks
-                self.up.append(Stage(width + skips.pop(), level_width, embedding_width, attention))
+                self.up.append(Block(width + skips.pop(), level_width, embedding_width, attention))
                 width = level_width
             if level > 0:
-                self.up.append(Stage(width, width, embedding_width, resample="up"))
+                self.up.append(Block(width, width, embedding_width, resample="up"))
                 resolution *= 2
 
     def _initialise(self, generator: torch.Generator) -> None:
@@ -214,13 +214,13 @@ class UNet(nn.Module):
         embedding = self._embedding(noise_label, labels)
         hidden = self.conv_in(x)
         skips = [hidden]
-        for stage in self.down:
-            hidden = stage(hidden, embedding)
+        for block in self.down:
+            hidden = block(hidden, embedding)
             skips.append(hidden)
-        for stage in self.middle:
-            hidden = stage(hidden, embedding)
-        for stage in cast(Iterable[Stage], self.up):
-            if stage.block.resample is None:
+        for block in self.middle:
+            hidden = block(hidden, embedding)
+        for block in cast(Iterable[Block], self.up):
+            if block.block.resample is None:
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
-            hidden = stage(hidden, embedding)
+            hidden = block(hidden, embedding)
         return self.conv_out(functional.silu(self.norm_out(hidden)))

@@ -59,4 +59,4 @@ def test_a_network_for_another_size_is_doubted_and_one_for_this_size_is_not(mode
     size = int("".join(filter(str.isdigit, model)))
     assert doubts(compose({"model": model, "data.image_size": size})) == []
     other = compose({"model": model, "data.image_size": 20})
-    assert ["will be no attention" in said for said in doubts(other)] == [True]
+    assert ["in its middle alone" in said for said in doubts(other)] == [True]
