@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
 from e2h.config import expect
@@ -15,6 +14,12 @@ from e2h.settings import GROUPS, KEYS, check_preset, kinds_of, like_key
 HYDRA_OPTIONS = {
     *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info"),
     *("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
+}
+NAMES = {float: "a number", int: "a whole number", bool: "true or false"}
+SPELLINGS = {  # that OmegaConf takes
+    float: re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d+)?|[+-]?inf|nan", re.IGNORECASE),
+    int: re.compile(r"[+-]?\d[\d_]*"),
+    bool: re.compile("true|false|yes|no|on|off|y|n|1|0", re.IGNORECASE),
 }
 SETTING = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
@@ -48,17 +53,15 @@ def _check_value(key: str, written: str) -> None:
     except HydraException:
         return
     kinds = kinds_of(key)
-    several = f"a list is written '{key}=[...]'"
-    expect(not parsed.is_sweep_override(), key, written, "one value", several if list in kinds else "")
+    several = f"a list is written '{key}=[...]'" if list in kinds else f"""what has a comma, '{key}="..."'"""
+    expect(not parsed.is_sweep_override(), key, written, "one value", several)
     value = parsed.value()
-    number, or_null = {int, float} & kinds, ", or null" if type(None) in kinds else ""
-    if kinds & {int, float} == {int}:
-        expect(value is None or type(value) is int, key, written, f"a whole number{or_null}")
-    elif list in kinds and value is not None:
-        expect(isinstance(value, list), key, written, f"a list{or_null}", f"e.g. '{key}=[{written}]'")
-    elif number or bool in kinds:
-        expectation = "a number" if number else "true or false"
-        expect(not isinstance(value, (str, QuotedString)), key, written, f"{expectation}{or_null}")
+    word, or_null = str(getattr(value, "text", value)), ", or null" if type(None) in kinds else ""
+    if list in kinds and value is not None:
+        expect(isinstance(value, list), key, written, f"a list{or_null}", f"written '{key}=[...]'")
+    elif not {int, float, bool}.isdisjoint(kinds) and value is not None:
+        kind = next(kind for kind in (float, int, bool) if kind in kinds)
+        expect(bool(SPELLINGS[kind].fullmatch(word)), key, written, f"{NAMES[kind]}{or_null}")
 
 
 def _is_known(key: str) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from e2h.config import CentralConfig, Config
 from e2h.privacy.clipping import clip_to_grid
-from e2h.privacy.events import PoissonSampledGaussian
+from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.noise import gaussian_noise
 from e2h.privacy.plan import PrivacyPlan
 from e2h.privacy.sampling import poisson_mask
@@ -225,11 +225,13 @@ class CentralQuery:
 
 
 def planned_pixel_noise(config: Config, plan: PrivacyPlan) -> float | None:
-    """`CentralQuery.pixel_noise` of a plan; None where it releases no mean images."""
-    if "central" not in config.curriculum or config.central.query != "mean":
+    """`CentralQuery.pixel_noise` of a plan; None where it releases no mean images, or trials of a search do."""
+    found = [one for one in plan.releases if one.name == "central" and isinstance(one, Release)]
+    of_a_run = len(found) == 1 and found[0].event.count == config.central.num_rounds
+    if not of_a_run or config.central.query != "mean":
         return None
     shape = config.data.image_size, config.data.channels, len(plan.class_names)
-    return CentralQuery(config.central, plan.release("central").event, *shape, plan.num_records).pixel_noise
+    return CentralQuery(config.central, found[0].event, *shape, plan.num_records).pixel_noise
 
 
 def add_product(total: np.ndarray, masks: np.ndarray, rows: np.ndarray) -> None:

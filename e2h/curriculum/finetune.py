@@ -62,8 +62,9 @@ def finetune(
     first = _resume(learner, private, checkpoints)
     # Contributions to two draws in one sum would be noised and paid for as one step of one draw.
     workers.agree(digest([private.domain, first]), "checkpoints or domains")
-    engine = private_engine(network, micro_batch_loss, settings)
-    check_places(engine, network, settings, physical_batch_size, records.images.shape[1:], workers.device)
+    engine = _engine(network, settings)
+    shape = records.images.shape[1:]
+    workers.all_or_none(lambda: check_places(_engine, network, settings, physical_batch_size, shape))
     last, paid_until = min(until or private.release.event.count, private.release.event.count), first
     for step, selected in draws(private, range(first, last), records):
         if step >= paid_until:
@@ -158,6 +159,10 @@ def private_engine(network: UNet, loss_fn: LossFunction, settings: FinetuneConfi
         dtype=settings.dtype,
         compiled=settings.compile,
     )
+
+
+def _engine(network: UNet, settings: FinetuneConfig) -> Engine:
+    return private_engine(network, micro_batch_loss, settings)
 
 
 def _resume(learner: Learner, private: PrivateRun, checkpoints: Checkpoints) -> int:

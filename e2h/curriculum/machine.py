@@ -33,14 +33,18 @@ SWITCHES = (
 def fixed_kernels() -> Iterator[None]:
     """While the block runs, torch computes each sum in one order and in full float32; then the caller's settings again.
 
-    One thread, so that sums inside a kernel have one order. No TF32 or bfloat16 in place of float32: last bits of 2^-11
-    are more than the clip leaves free (docs/guarantee.md, section 10). No kernels chosen by the clock.
+    One thread, so that sums inside a kernel have one order. No TF32 or bfloat16 in place of float32, but where the
+    configuration asks for it: last bits of 2^-11 are more than the clip leaves free (docs/guarantee.md, section 10). No
+    kernels chosen by the clock.
     """
-    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
+    cudnn, threads, dtype = torch.backends.cudnn, torch.get_num_threads(), torch.get_default_dtype()
     switches: list[tuple[Any, str, object]] = [
         (cudnn, "deterministic", True),
         (cudnn, "benchmark", False),
+        (cudnn, "enabled", True),
         (torch.backends.mkldnn, "enabled", True),
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
     ]
     switches += [(one, "fp32_precision", "ieee") for one in _float32_operations()]
     before = [getattr(holder, name) for holder, name, _ in switches]
@@ -49,9 +53,12 @@ def fixed_kernels() -> Iterator[None]:
     for holder, name, value in switches:
         setattr(holder, name, value)
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
         _set_older(*older)
         for (holder, name, _), value in zip(switches, before, strict=True):

@@ -7,41 +7,58 @@ of a unit other last bits. What the clip leaves free must cover the moves of a w
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from e2h.config import FinetuneConfig, expect
 from e2h.curriculum.batches import make_batch
 from e2h.diffusion.networks import UNet
-from e2h.privacy.clipped_sum import GRID_BITS, MARGIN
+from e2h.privacy.clipped_sum import MARGIN
 from e2h.privacy.dpsgd import Engine
 
-LARGEST_DRAW = 2.0  # over the expected batch
+EngineOf = Callable[[UNet, FinetuneConfig], Engine]
+
+SPREAD = 0.02  # of the weights it is tried with: fresh ones have layers of zeros, through which no bit comes
 
 
 def check_places(
-    engine: Engine, network: UNet, settings: FinetuneConfig, size: int, shape: tuple[int, ...], device: torch.device
+    make_engine: EngineOf, network: UNet, settings: FinetuneConfig, size: int, shape: tuple[int, ...]
 ) -> None:
-    """Call it before the first private step, with the weights and the engine of that step.
+    """Call it before the first step of DP-SGD; the verdict is the same at every start on one kind of machine.
 
     Args:
+      make_engine: as `e2h.curriculum.finetune.private_engine` for a network and settings.
+      network: on its device; left as it is.
       size: images of a work unit.
       shape: of an image, [H, W, C].
 
     Raises:
       InputError: if the places of a unit differ by more than the clip leaves free.
     """
-    furthest = largest_move(engine, network, settings, size, shape, device)
-    moved = LARGEST_DRAW * settings.expected_batch_size * furthest
-    reason = f"a record's gradient moves by {furthest:.1e} of the clip norm with its place in a unit (guarantee.md, 10)"
-    advice = f"{reason}; take another size, model.embedding_width a multiple of 64, or finetune.dtype=float32"
-    expect(moved <= MARGIN, "scaling.physical_batch_size", size, "a size with the same bits in every place", advice)
+    tried = copy.deepcopy(network)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tried.parameters():
+            parameter.add_(SPREAD * torch.randn(parameter.shape, generator=random).to(parameter))
+    flat = replace(settings, clipping="flat")
+    furthest = largest_move(make_engine(tried, flat), tried, settings, size, shape)
+    largest_draw = 2 * settings.expected_batch_size + 20  # more has no chance to speak of
+    # clipping=global: a norm that crosses Z by a last bit takes the whole contribution with it, which nothing covers.
+    free = 0.0 if settings.clipping == "global" else MARGIN
+    reason = f"a record's gradient moves by {furthest:.1e} of its length with its place in a unit (guarantee.md, 10)"
+    advice = f"{reason}; take another size, or in a new run model.embedding_width a multiple of 64"
+    ok = largest_draw * furthest <= free
+    expect(ok, "scaling.physical_batch_size", size, "a size with the same bits in every place", advice)
 
 
-def largest_move(
-    engine: Engine, network: UNet, settings: FinetuneConfig, size: int, shape: tuple[int, ...], device: torch.device
-) -> float:
-    """Largest distance, over C, between contributions of one made-up record from several places among others."""
+def largest_move(engine: Engine, network: UNet, settings: FinetuneConfig, size: int, shape: tuple[int, ...]) -> float:
+    """Largest distance, over its length, between contributions of a made-up record from several places of a unit."""
+    device = next(network.parameters()).device
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (size, *shape), dtype=np.uint8)
     labels = random.integers(0, network.num_classes, size)
@@ -54,4 +71,5 @@ def largest_move(
         batch = {name: value.to(device) for name, value in batch.items()}
         found.append(engine.accumulate(batch, weights.to(device)).vector)
     moves = [float((one - found[0]).double().norm()) for one in found]
-    return 2 * max(moves) * 2.0**-GRID_BITS  # any two are at most twice as far apart as both from the first
+    length = float(found[0].double().norm())
+    return 2 * max(moves) / length if length else math.inf  # any two are twice as far apart as from the first, at most

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,20 @@ class Workers:
         """
         if len(self.distinct(digest)) > 1:
             raise RuntimeError(f"the workers of the group hold different {on}; the group must start anew")
+
+    def all_or_none(self, check: Callable[[], None]) -> None:
+        """Runs `check` on every worker; what it raises on one ends all, before any of them goes on."""
+        failure: Exception | None = None
+        try:
+            check()
+        except Exception as error:
+            failure = error
+        failed = torch.tensor([failure is not None], dtype=torch.int64, device=self.device)
+        self.sum_integers(failed)
+        if failure is not None:
+            raise failure
+        if int(failed):
+            raise RuntimeError("a check failed on another worker, which says why")
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], units: list[Tensor]) -> None:
         """Writes to `grad` the sum of all units of all workers; bit-identical for any number of them.

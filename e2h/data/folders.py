@@ -122,12 +122,13 @@ def _refuse_wrong_level(groups: dict[str, Parts], data: DataConfig) -> None:
     """Folders of folders are no classes: they are a split by other names, or the path is one level too high."""
     paths = [path for group in groups.values() for path in group.values()]
     tops = sorted({path[0] for path in paths})
-    if not data.labelled or min(map(len, paths)) < 3:
+    if not data.labelled or min(map(len, paths)) < 3 or len(data.class_names or []) == 1:
         return
     if len(tops) > 1 and {top.lower() for top in tops} <= SPLIT_NAMES:
         raise path_error(data, f"class folders, found {', '.join(tops)}", "rename them train and test")
     if len(tops) == 1:
-        advice = f"add {tops[0]} to the path, or set data.labelled=false for one class"
+        advice = f"add {tops[0]} to the path" if "all" in groups else f"move those in {tops[0]} up"
+        advice += ", or set data.labelled=false for one class"
         raise path_error(data, f"class folders, found {tops[0]} alone with folders in it", advice)
 
 

@@ -28,8 +28,9 @@ Tell = Callable[[int, int], None]  # tell(done, total)
 
 def say(stage: str, text: str) -> None:
     """One line: the stage's name and what came of it."""
-    _erase_lines()
-    print(f"{stage:<10} {text}", flush=True)
+    with _Line.lock:
+        _erase_lines()
+        print(f"{stage:<10} {text}", flush=True)
 
 
 def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], config: Config | None = None) -> None:
@@ -49,7 +50,7 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], config: Config
     print(f"{'':<10} RDP, mostly a looser bound, says {plan.bound.epsilon_rdp:.4f}", flush=True)
     noise = planned_pixel_noise(config, plan) if config else None
     if noise is not None:
-        print(f"{'':<10} noise of a pixel in a class's central image: {noise:.3f}, where white is 1", flush=True)
+        print(f"{'':<10} noise of a pixel in the mean of a class's images: {noise:.3f}, where white is 1", flush=True)
     for warning in [*plan.warnings, *(doubts(config) if config else [])]:
         say("warning", warning)
 
@@ -98,19 +99,20 @@ def _live(text: Callable[[], str]) -> Iterator[None]:
 
     def follow() -> None:
         while not stop.wait(POLL_S):
-            line.show(text())
+            with suppress(Exception):  # that nobody can watch is no reason to end a run, or to say so
+                line.show(text())
 
     thread = threading.Thread(target=follow, daemon=True)
-    _erase_lines()
     _Line.shown.append(line)
+    _erase_lines()
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
-        line.erase()
         _Line.shown.remove(line)
+        line.erase()
 
 
 def _erase_lines() -> None:
@@ -122,7 +124,7 @@ class _Line:
     """Over itself on a terminal; in a log a plain line now and then. The last of `shown` is the one that is seen."""
 
     shown: ClassVar[list[_Line]] = []
-    lock: ClassVar[threading.Lock] = threading.Lock()
+    lock: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self) -> None:
         self.out, self.live, self.width = sys.stdout, sys.stdout.isatty(), 0
@@ -130,11 +132,13 @@ class _Line:
 
     def show(self, text: str) -> None:
         with self.lock:
-            if self.live and self.shown[-1] is self:
+            if self.shown[-1] is not self:
+                return
+            if self.live:
                 text = text[: get_terminal_size().columns - 1]  # a line that wraps can't be written over
                 print("\r" + text.ljust(self.width), end="", flush=True, file=self.out)
                 self.width = len(text)
-            elif not self.live and self._is_due():
+            elif self._is_due():
                 print(text, flush=True, file=self.out)
 
     def _is_due(self) -> bool:
@@ -144,7 +148,7 @@ class _Line:
         return due
 
     def erase(self) -> None:
-        with self.lock:
+        with self.lock, suppress(OSError, ValueError):  # a terminal that was closed
             if self.width:
                 print("\r" + " " * self.width + "\r", end="", flush=True, file=self.out)
                 self.width = 0

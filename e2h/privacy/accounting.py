@@ -127,7 +127,7 @@ def calibrate(
     """
 
     def release(noise_multiplier: float) -> Release:
-        return Release(name, replace(event, noise_multiplier=noise_multiplier))
+        return Release(name, replace(event, noise_multiplier=min(noise_multiplier, MAX_NOISE_MULTIPLIER)))
 
     @functools.cache
     def cost(bound: Callable[[Sequence[Release], float], float], noise_multiplier: float) -> float:
@@ -142,7 +142,11 @@ def calibrate(
     # Every solution here is safe, and each is a close start for the next, slower accountant.
     start = _smallest(functools.partial(cost, epsilon_rdp), target, 1e-2, MAX_NOISE_MULTIPLIER)
     costs = [(functools.partial(cost, _coarse), 1.2), (functools.partial(cost, epsilon_pld), 1.003)]
-    return release(solve(costs[:1] if grid == COARSE_GRID else costs, target, start))
+    if grid == COARSE_GRID:
+        costs = costs[:1]
+    elif cost(_coarse, MAX_NOISE_MULTIPLIER) > target:  # a small target, where that grid is too coarse
+        costs = costs[1:]
+    return release(solve(costs, target, start))
 
 
 def solve(costs: Sequence[tuple[Callable[[float], float], float]], target: float, start: float) -> float:

@@ -9,9 +9,21 @@ import small_runs
 import torch
 from small_runs import STEPS, Killed, Training, averaged, parameters, refused_run, warmed, watch_units
 
+from e2h.config import expect
 from e2h.curriculum.workers import Workers
+from e2h.errors import InputError
 
 pytestmark = pytest.mark.slow
+
+
+def checked(workers: Workers) -> str:
+    """What each worker makes of a check that fails on the second."""
+    workers.all_or_none(lambda: None)
+    try:
+        workers.all_or_none(lambda: expect(workers.rank == 0, "rank", workers.rank, "0"))
+    except (InputError, RuntimeError) as error:
+        return str(error)
+    return "went on"
 
 
 def group_run(workers: Workers, folder: Path) -> dict:
@@ -31,6 +43,7 @@ def group_run(workers: Workers, folder: Path) -> dict:
         "ema": averaged(ema),
         "seen": dict(seen),
         "reported": len(training.reported),
+        "checked": checked(workers),
         "distinct": workers.distinct(f"{workers.rank:02x}" * 32),
         "rest": averaged(rest_ema),
         "rest steps": rest.progressed,
@@ -53,6 +66,13 @@ def test_two_workers_make_the_bits_of_one(alone, together):
         assert torch.equal(answer["start"], alone["start"])  # the warm-up
         assert torch.equal(answer["end"], parameters(alone["training"].network))
         assert torch.equal(answer["ema"], alone["ema"])
+
+
+def test_a_check_that_fails_on_one_worker_ends_all(together):
+    assert [answer["checked"] for answer in together] == [
+        "a check failed on another worker, which says why",
+        "rank=1: expected 0",
+    ]
 
 
 def test_two_workers_share_the_same_draws(alone, together):

@@ -15,6 +15,7 @@ CALLERS = {
     "nothing": "",
     "older names": "torch.set_float32_matmul_precision('medium'); torch.backends.cudnn.allow_tf32 = True",
     "newer names": "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "autocast": "torch.set_autocast_enabled('cpu', True); torch.set_default_dtype(torch.float64)",
     "others": "torch.backends.mkldnn.enabled = False; torch.backends.cudnn.benchmark = True; torch.set_num_threads(2)",
 }
 # In a process of its own: these are global, and torch tells off whoever mixes older and newer names.
@@ -34,7 +35,8 @@ def seen():
         *(one.fp32_precision for one in holders),
         read(torch.get_float32_matmul_precision), read(lambda: backends.cudnn.allow_tf32),
         read(lambda: backends.cuda.matmul.allow_tf32), backends.mkldnn.enabled, backends.cudnn.benchmark,
-        backends.cudnn.deterministic, torch.get_num_threads(),
+        backends.cudnn.deterministic, torch.get_num_threads(), torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype() == torch.float32,
     ]
 CALLER
 before = seen()
@@ -55,19 +57,19 @@ def test_whatever_the_caller_chose_training_computes_alike_and_gives_it_back(cal
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{['ieee'] * 5 + ['highest', False, False, True, False, True, 1]}"
+    assert done.stdout.strip() == f"{['ieee'] * 5 + ['highest', False, False, True, False, True, 1, False, True]}"
 
 
-def test_a_callers_precision_changes_no_bit(monkeypatch):
+def test_a_callers_autocast_changes_no_bit():
     left, right = torch.randn(64, 300), torch.randn(300, 64)
     with fixed_kernels():
         expected = left @ right
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(left @ right, expected)
         with fixed_kernels():
             assert torch.equal(left @ right, expected)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+            with torch.autocast("cpu", torch.bfloat16):  # finetune.dtype=bfloat16 is the configuration's own wish
+                assert (left @ right).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", SWITCHES)

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 
 from e2h.config import Config
+from e2h.curriculum.central import planned_pixel_noise
 from e2h.curriculum.search import candidates, with_values
 from e2h.curriculum.search_plan import SearchPlan, Trials, merged, plan_search, price_list, solve_search
+from e2h.distributed.console import show_plan
 from e2h.errors import BudgetError, InputError
 from e2h.privacy import selection_profile
 from e2h.privacy.accounting import COARSE_GRID, epsilon_pld, privacy_loss
@@ -38,6 +40,13 @@ def planned(mode: str, split: bool) -> tuple[Config, SearchPlan]:
     if split:
         config.central.noise_multiplier = None
     return config, plan_search(config, N, NAMES, candidates(config)[:2])
+
+
+def test_a_search_has_no_central_image_whose_noise_could_be_told():
+    for mode, split in (("selection", True), ("compose", True)):
+        config, plan = planned(mode, split)
+        assert planned_pixel_noise(config, plan.whole) is None
+        show_plan(plan.whole, [1.0] * len(plan.whole.releases), config)
 
 
 def solved(config: Config, drawn=()) -> tuple[Trials, dict[str, Charge]]:

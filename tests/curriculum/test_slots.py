@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ import torch
 
 from e2h.config import FinetuneConfig, ModelConfig
 from e2h.curriculum.batches import make_batch
-from e2h.curriculum.finetune import micro_batch_loss, private_engine
+from e2h.curriculum.finetune import _engine, micro_batch_loss, private_engine
 from e2h.curriculum.slots import check_places, largest_move
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
+from e2h.settings import compose
 
 SIZE, DRAWS = 16, 2
 DEVICES = [
@@ -54,29 +56,63 @@ def test_neither_the_place_nor_the_neighbours_of_a_record_change_its_gradient(de
 
 
 class Misplacing:
-    """An engine whose last place gives other last bits, as kernels with a tail do."""
+    """An engine whose last place gives other last bits, as kernels with a tail do; a contribution has length 2^30."""
 
     def __init__(self, move: int) -> None:
         self.move = move
 
+    def __call__(self, network, settings):
+        assert settings.clipping == "flat"
+        assert all(parameter.abs().max() > 0 for parameter in network.parameters())  # else no bit comes through
+        return self
+
     def accumulate(self, batch, weights):
-        vector = torch.full((100,), 2**20, dtype=torch.int64)
-        vector[0] += self.move * int(weights[-1])
-        return SimpleNamespace(vector=vector)
+        return SimpleNamespace(vector=torch.tensor([2**30, self.move * int(weights[-1])]))
 
 
-@pytest.mark.parametrize(("move", "batch", "covered"), [(0, 10**6, True), (500, 256, True), (2000, 4096, False)])
-def test_training_begins_where_the_clip_covers_all_moves_of_a_draw(move, batch, covered):
-    network = UNet.from_config(ModelConfig(base_width=16, width_multipliers=[1, 1], embedding_width=32), 8, 1, 10, 0)
-    settings = FinetuneConfig(expected_batch_size=batch, noise_multiplicity=1)
-    call = partial(check_places, Misplacing(move), network, settings, 4, (8, 8, 1), torch.device("cpu"))
+def new_network() -> UNet:
+    return UNet.from_config(ModelConfig(base_width=16, width_multipliers=[1, 1], embedding_width=32), 8, 1, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("move", "batch", "clipping", "covered"),
+    [
+        (0, 10**6, "flat", True),
+        (500, 256, "flat", True),
+        (500, 256, "normalized", True),
+        (500, 4096, "flat", False),
+        (0, 4096, "global", True),
+        (1, 256, "global", False),  # a norm may cross Z
+    ],
+)
+def test_training_begins_where_the_clip_covers_all_moves_of_a_draw(move, batch, clipping, covered):
+    network = new_network()
+    before = [parameter.clone() for parameter in network.parameters()]
+    settings = FinetuneConfig(expected_batch_size=batch, noise_multiplicity=1, clipping=clipping)
+    call = partial(check_places, Misplacing(move), network, settings, 4, (8, 8, 1))
     if covered:
         call()
     else:
         with pytest.raises(InputError, match="physical_batch_size=4: expected a size with the same bits"):
             call()
+    assert all(map(torch.equal, network.parameters(), before))
 
 
 def test_a_unit_of_one_has_one_place():
-    network = UNet.from_config(ModelConfig(base_width=16, width_multipliers=[1, 1], embedding_width=32), 8, 1, 10, 0)
-    assert largest_move(Misplacing(9), network, FinetuneConfig(), 1, (8, 8, 1), torch.device("cpu")) == 0
+    assert largest_move(Misplacing(9), new_network(), FinetuneConfig(), 1, (8, 8, 1)) == 0
+
+
+def test_a_gradient_that_says_nothing_is_refused():
+    silent = SimpleNamespace(
+        accumulate=lambda batch, weights: SimpleNamespace(vector=torch.zeros(3, dtype=torch.int64))
+    )
+    assert largest_move(silent, new_network(), FinetuneConfig(), 4, (8, 8, 1)) == np.inf
+
+
+def test_the_networks_of_the_presets_have_the_same_bits_in_every_place():
+    for name in ("px8", "px28_small"):
+        config = compose({"model": name, "data.image_size": 8 if name == "px8" else 28})
+        network = UNet.from_config(config.model, config.data.image_size, 1, 10, 0)
+        check_places(
+            _engine, network, replace(config.finetune, clipping="global"), 8, (config.data.image_size,) * 2 + (1,)
+        )

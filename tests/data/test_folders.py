@@ -124,6 +124,10 @@ def test_a_path_one_level_too_high_is_refused_with_the_way_down(tmp_path: Path, 
     with pytest.raises(InputError, match="found pets alone with folders in it; add pets to the path"):
         open_source(config(tmp_path))
     assert open_source(config(tmp_path / "pets")).class_names == ("cats", "dogs")
+    assert open_source(config(tmp_path, class_names=["pets"])).class_names == ("pets",)  # that one class is meant
+    write_images(tmp_path / "split", [f"{split}/images/{name}" for split in ("train", "test") for name in PETS])
+    with pytest.raises(InputError, match="found images alone with folders in it; move those in images up, or set"):
+        open_source(config(tmp_path / "split"))
 
 
 def test_folders_within_classes_belong_to_them(tmp_path: Path, write_images) -> None:

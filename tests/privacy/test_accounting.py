@@ -11,6 +11,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from e2h.config import MAX_NOISE_MULTIPLIER
 from e2h.errors import BudgetError
 from e2h.privacy.accounting import (
     COARSE_GRID,
@@ -128,6 +129,14 @@ def test_equal_phases_may_be_merged_or_split():
     for count in (1, 7, 19):
         parts = [SMALL[0], finetune(0.1, 4.0, count), finetune(0.1, 4.0, 20 - count)]
         assert epsilon(parts, 1e-5).epsilon == pytest.approx(epsilon(SMALL, 1e-5).epsilon, rel=2e-3)
+
+
+def test_a_target_that_needs_most_of_the_noise_there_is_can_be_calibrated():
+    found = calibrate([], "finetune", PoissonSampledGaussian(0.5, 1.0, 100), 0.001, 1e-6)
+    assert 10_000 < found.event.noise_multiplier < MAX_NOISE_MULTIPLIER
+    assert 0.999 * 0.001 < epsilon([found], 1e-6).epsilon <= 0.001
+    with pytest.raises(BudgetError, match=r"^privacy.epsilon=1e-06"):
+        calibrate([], "finetune", PoissonSampledGaussian(0.5, 1.0, 100), 1e-6, 1e-6)
 
 
 def test_one_gaussian_query_is_calibrated_as_its_closed_form_says():
