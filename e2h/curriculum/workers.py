@@ -61,11 +61,10 @@ class Workers:
             check()
         except Exception as error:
             failure = error
-        failed = torch.tensor([failure is not None], dtype=torch.int64, device=self.device)
-        self.sum_integers(failed)
+        verdicts = self.distinct("00" if failure is None else "01")
         if failure is not None:
             raise failure
-        if int(failed):
+        if len(verdicts) > 1:
             raise RuntimeError("a check failed on another worker, which says why")
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], units: list[Tensor]) -> None:

@@ -99,6 +99,7 @@ def test_pipeline_leaves_every_contracted_file(undisturbed: tuple[Path, str]) ->
     assert "arning" not in printed.replace("warning    privacy.delta", "")
 
 
+@pytest.mark.chaos
 def test_on_a_terminal_there_is_a_live_line_from_the_first_seconds_on_and_only_whole_lines_stay(tmp_path: Path) -> None:
     primary, secondary = os.openpty()
     process = subprocess.Popen(
