@@ -81,7 +81,7 @@ def kinds_of(key: str) -> set[Any]:
     *sections, last = key.split(".")
     holder: Any = functools.reduce(getattr, sections, Config())
     kind = get_type_hints(type(holder))[last]
-    options = get_args(kind) if get_origin(kind) is not list else (kind,)
+    options = () if get_origin(kind) is list else get_args(kind)
     return {get_origin(one) or one for one in options or (kind,)}
 
 

@@ -98,13 +98,7 @@ def _run(config: Config, stages: Callable[[Run], None], searches: bool) -> int:
         check_search(config)
     else:
         mode = config.search.privacy
-        expect(
-            mode is None,
-            "search.privacy",
-            mode,
-            "no value here",
-            "run jobs/search.py with it",
-        )
+        expect(mode is None, "search.privacy", mode, "no value here", "run jobs/search.py with it")
     if config.dry_run:
         (search_dry_run if searches else dry_run)(config, run_root(config))
         return DONE

@@ -28,10 +28,7 @@ def best_guess(plan: Mapping[str, Any]) -> float:
 
 def hit_rate(plan: Mapping[str, Any], false_alarms: float) -> float:
     """Largest share of true members that a test finds while it accuses that share of the others; both in [0, 1]."""
-    epsilons, deltas = _profile(*_key(plan))
-    steep = deltas + np.exp(epsilons) * false_alarms
-    flat = 1 - np.exp(-epsilons) * (1 - deltas - false_alarms)
-    return float(np.minimum(1, np.minimum(steep, flat)).min())
+    return 1 - float(_misses(plan, np.array([false_alarms]))[0])
 
 
 def trade_off(plan: Mapping[str, Any]) -> Curve:
@@ -40,12 +37,16 @@ def trade_off(plan: Mapping[str, Any]) -> Curve:
     Every (epsilon, delta(epsilon)) bounds the errors by two lines; their upper envelope is the curve (Dong, Roth and
     Su 2022, Proposition 6).
     """
+    alarms = np.unique(np.r_[0, np.geomspace(1e-3, 1, 60), np.linspace(0, 1, 41)])
+    return list(zip(alarms.tolist(), _misses(plan, alarms).tolist(), strict=True))
+
+
+def _misses(plan: Mapping[str, Any], alarms: NDArray[np.float64]) -> NDArray[np.float64]:
     epsilons, deltas = _profile(*_key(plan))
-    alarms = np.unique(np.r_[0, np.geomspace(1e-3, 1, 60), np.linspace(0, 1, 41)])[:, None]
-    steep = 1 - deltas - np.exp(epsilons) * alarms
-    flat = np.exp(-epsilons) * (1 - deltas - alarms)
-    misses = np.maximum(0, np.maximum(steep, flat)).max(axis=1)
-    return list(zip(alarms[:, 0].tolist(), misses.tolist(), strict=True))
+    steep = 1 - deltas - np.exp(epsilons) * alarms[:, None]
+    flat = np.exp(-epsilons) * (1 - deltas - alarms[:, None])
+    found: NDArray[np.float64] = np.maximum(0, np.maximum(steep, flat)).max(axis=1)
+    return found
 
 
 def spent_after(plan: Mapping[str, Any]) -> list[float]:
