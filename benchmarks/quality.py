@@ -114,8 +114,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def key(one: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Rows of one experiment differ in their seeds alone."""
-    return one["experiment"], tuple(one["overrides"]), one["hardware"]
+    """Rows of one experiment differ in their seeds alone; where each ran is in the last column."""
+    return one["experiment"], tuple(one["overrides"])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -124,14 +124,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines.append("|---|---|---:|---:|---:|---:|---:|---:|---|")
     for name in dict.fromkeys(map(key, rows)):
         same = [one for one in rows if key(one) == name]
-        first, minutes = same[0], statistics.mean(one["minutes"] for one in same)
+        first = same[0]
         figures = [_spread([one["accuracy"][kind] for one in same]) for kind in CLASSIFIERS]
         figures.append(_spread([one["frechet"] for one in same], 0))
         settings = " ".join(["`" + first["experiment"], *first["overrides"]]) + "`"
         stages, epsilon = ", ".join(first["curriculum"]) or "none", f"{first['epsilon']:g}"
-        cells = [settings, stages, epsilon, *figures, str(len(same)), f"{minutes:.0f}, {first['hardware']}"]
+        cells = [settings, stages, epsilon, *figures, str(len(same)), _minutes(same)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _minutes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The mean on each kind of hardware."""
+    kinds = dict.fromkeys(one["hardware"] for one in rows)
+    means = {kind: statistics.mean(one["minutes"] for one in rows if one["hardware"] == kind) for kind in kinds}
+    return "; ".join(f"{mean:.0f}, {kind}" for kind, mean in means.items())
 
 
 def _spread(values: Sequence[float], digits: int = 3) -> str:

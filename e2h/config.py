@@ -119,7 +119,7 @@ class FinetuneConfig:
     max_shift: int = 0  # pixels; each of an image's K draws is moved by its own (augmentation multiplicity)
     flip: bool = False  # each of the K draws is mirrored or not
     ema_decay: float = 0.95  # of the average of weights over steps, which is what is published
-    ema_snapshots: int = 0  # moments at which averages are kept for `sampling.ema_widths`; 0: none
+    ema_snapshots: int = 0  # how many snapshots of averages are kept, for `sampling.ema_widths`; 0: none
     label_dropout: float = 0.1
     clipping: str = "flat"  # flat | normalized | global; contributions are at most max_grad_norm with each
     norm_threshold: float = 1.0  # Z of clipping=global: scale by max_grad_norm / Z, drop gradients above Z
@@ -183,7 +183,9 @@ class LedgerConfig:
 
     scope: str = "run"  # run: this run's budget; dataset: one budget for all runs on data.name
     epsilon: float | None = None  # scope=dataset: what all runs together may cost, at privacy.delta
-    path: str | None = None  # absolute path or s3://bucket/prefix of that ledger; none: beside the runs
+    path: str | None = (
+        None  # absolute path or s3://bucket/prefix of that ledger; none: in the run, or of a data set beside the runs
+    )
 
 
 @dataclass
@@ -207,7 +209,9 @@ class SearchConfig:
     law: str = "negative_binomial"  # selection: negative_binomial | poisson
     shape: float = 3.0  # of the negative binomial: 1 geometric, 0 logarithmic
     score: str | None = None  # accuracy (noisy, charged) | central (free) | test (proxy only); none: accuracy or test
-    score_noise_multiplier: float | None = None  # accuracy: noise on the number told right; none: 0.5 % of N
+    score_noise_multiplier: float | None = (
+        None  # accuracy: noise on the number told right; none: 0.5 % of N, at least 25
+    )
     score_images: int = 1000  # synthetic images behind a score
     sampler: str = "random"  # random | optuna; selection: random
     scheduler: str = "fifo"  # fifo | asha; selection: fifo

@@ -99,10 +99,16 @@ def some_images(prepared: Prepared, count: int) -> tuple[np.ndarray, np.ndarray]
     per_file = max(1, prepared.manifest.num_train // len(paths))
     num_files = min(len(paths), max(EVALUATED_FILES, -(-count // per_file) + 1))
     chosen = [paths[place] for place in np.linspace(0, len(paths) - 1, num_files).round().astype(int)]
-    blocks = list(iter_batches(chosen, EVALUATED_AT_ONCE))
-    images, labels = (np.concatenate([getattr(block, name) for block in blocks]) for name in ("images", "labels"))
-    places = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
-    return images[places], labels[places]
+    rows = dict(zip(paths, (file.rows for file in prepared.manifest.files["train"]), strict=True))
+    total = sum(rows[path] for path in chosen)
+    places = np.linspace(0, total - 1, min(count, total)).round().astype(int)
+    images, labels, start = [], [], 0
+    for block in iter_batches(chosen, EVALUATED_AT_ONCE):
+        here = places[(places >= start) & (places < start + len(block))] - start
+        images.append(block.images[here])
+        labels.append(block.labels[here])
+        start += len(block)
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def publish(run: Run) -> Place:

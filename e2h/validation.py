@@ -195,10 +195,21 @@ def _validate_outputs(config: Config) -> None:
     expect(chosen, "sampling.ema_widths", sampling.ema_widths, "one width: without central images there is no choice")
     for width in sampling.ema_widths:
         expect(0 < width <= 0.25, "sampling.ema_widths", width, "relative widths in (0, 0.25]")
-        kept = config.finetune.ema_snapshots > 0
-        expect(
-            kept, "sampling.ema_widths", sampling.ema_widths, "averages to make them from", "set finetune.ema_snapshots"
-        )
+    kept, advice = config.finetune.ema_snapshots, "set both finetune.ema_snapshots and sampling.ema_widths, or neither"
+    expect(
+        bool(kept) or not sampling.ema_widths,
+        "sampling.ema_widths",
+        sampling.ema_widths,
+        "none without averages",
+        advice,
+    )
+    expect(
+        bool(sampling.ema_widths) or not kept,
+        "finetune.ema_snapshots",
+        kept,
+        "0 without widths to make of them",
+        advice,
+    )
     fractions = sampling.class_fractions
     if fractions is not None:
         total_ok = min(fractions, default=-1) >= 0 and abs(sum(fractions) - 1) < 1e-6
@@ -287,6 +298,7 @@ def validate(config: Config) -> Config:
     Raises:
       InputError: naming the key, its value, what was expected and what to do.
     """
+    expect(0 <= config.seed < 2**31, "seed", config.seed, f"a whole number from 0 to {2**31 - 1}")
     _validate_data(config.data)
     _validate_privacy(config.privacy)
     _validate_ledger(config)

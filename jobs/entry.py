@@ -23,6 +23,7 @@ from e2h.config import Config, expect
 from e2h.curriculum.listing import listed
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.curriculum.search import check_search
+from e2h.distributed.console import warn
 from e2h.distributed.failures import RunFailedError, budget_refusal, causes, noted, refusal
 from e2h.distributed.preflight import dry_run, search_dry_run
 from e2h.distributed.session import session
@@ -102,7 +103,7 @@ def _run(config: Config, stages: Callable[[Run], None], searches: bool) -> int:
     if config.dry_run:
         (search_dry_run if searches else dry_run)(config, run_root(config))
         return DONE
-    listed(config)
+    warn(listed(config).remarks)
     with open_run(config) as run, noted(run.root), session(config.scaling, run.scratch / "ray.log"):
         stages(run)
     return DONE

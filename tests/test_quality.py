@@ -33,11 +33,12 @@ def fake_row(seed: int, cnn: float, overrides: list[str]) -> dict:
 def test_a_row_of_the_table_has_mean_and_spread_over_the_seeds_of_one_experiment():
     rows = [fake_row(seed, 0.9 + seed / 100, ["privacy.epsilon=1"]) for seed in range(3)]
     rows.append(fake_row(0, 0.3, ["privacy.epsilon=1", "curriculum=[]"]))
+    rows[2]["hardware"] = "1 CPU core"
     lines = quality.table(rows).splitlines()
     assert len(lines) == 4
     assert lines[2] == (
         "| `mnist_cpu privacy.epsilon=1` | central | 1 | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.910 ± 0.010 | "
-        "21 ± 1 | 3 | 31, 2 CPU cores |"
+        "21 ± 1 | 3 | 30, 2 CPU cores; 32, 1 CPU core |"
     )
     assert "| 0.300 | 20 | 1 |" in lines[3]
 

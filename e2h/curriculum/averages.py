@@ -1,7 +1,7 @@
 """Averages of the weights whose length is chosen after training (post-hoc EMA, Karras et al. 2024, section 3).
 
 The weights w(t) after steps t = 1..T are averaged with the power-function profile t^g: the longer the training, the
-longer the average. Two such averages, kept at some moments, span averages of any other exponent g: the combination
+longer the average. Two such averages, kept at some steps, span averages of any other exponent g: the combination
 whose profile is nearest in L2. All of it is post-processing of DP-SGD's steps, and free.
 
 A profile is named by its width: the standard deviation of t under it, relative to T.
@@ -67,7 +67,7 @@ class PowerAverages:
         write_bytes(_path(folder, self.step), save(tensors))
 
 
-def moments(num_steps: int, num_snapshots: int) -> list[int]:
+def snapshot_steps(num_steps: int, num_snapshots: int) -> list[int]:
     """Steps at which snapshots are kept: evenly spaced, the last one included; none of none."""
     return sorted({max(1, round(num_steps * i / num_snapshots)) for i in range(1, num_snapshots + 1)})
 

@@ -227,7 +227,7 @@ def _finish_step(
         limit = settings.norm_threshold if settings.clipping == "global" else settings.max_grad_norm
         report("finetune/clipped_fraction", float((norms > limit).float().mean()), done)
         report("finetune/mean_norm", float(norms.mean()), done)
-    if learner.averages is not None and done in learner.moments:
+    if learner.averages is not None and done in learner.snapshot_steps:
         learner.averages.write(checkpoints.folder)
     if due:
         checkpoints.save(STAGE, done, learner.state_dict())

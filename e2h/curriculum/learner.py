@@ -9,7 +9,7 @@ import torch
 
 from e2h.config import FinetuneConfig
 from e2h.curriculum.adam import NoiseCorrectedAdam, learning_rate
-from e2h.curriculum.averages import PowerAverages, moments
+from e2h.curriculum.averages import PowerAverages, snapshot_steps
 from e2h.curriculum.workers import Workers
 from e2h.diffusion.ema import EMA
 from e2h.diffusion.networks import UNet
@@ -66,15 +66,18 @@ class Learner:
     Attributes:
       optimizer: behind the accounted mechanism.
       ema: average of `ema_decay`.
-      averages: of the lengths that are chosen afterwards, and `moments` at which they are kept; of the whole release,
-        wherever training stops.
+      averages: of the lengths that are chosen afterwards, and `snapshot_steps` at which they are kept; of the whole
+        release, wherever training stops.
     """
 
     def __init__(self, network: UNet, settings: FinetuneConfig, private: PrivateRun, workers: Workers) -> None:
         self.network, self.settings, self.private = network, settings, private
         self.num_steps = private.release.event.count
-        self.ema, self.moments = EMA(network, settings.ema_decay), moments(self.num_steps, settings.ema_snapshots)
-        self.averages = PowerAverages(network) if self.moments else None
+        self.ema, self.snapshot_steps = (
+            EMA(network, settings.ema_decay),
+            snapshot_steps(self.num_steps, settings.ema_snapshots),
+        )
+        self.averages = PowerAverages(network) if self.snapshot_steps else None
         self.optimizer = private_optimizer(self._adam(), settings, private, workers)
 
     def _adam(self) -> torch.optim.Optimizer:

@@ -49,12 +49,12 @@ def fixed_kernels() -> Iterator[None]:
     switches += [(one, "fp32_precision", "ieee") for one in _float32_operations()]
     before = [getattr(holder, name) for holder, name, _ in switches]
     older = [_or_none(torch.get_float32_matmul_precision), _or_none(lambda: cudnn.allow_tf32)]
-    _set_older("highest", False)
-    for holder, name, value in switches:
-        setattr(holder, name, value)
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float32)
     try:
+        _set_older("highest", False)
+        for holder, name, value in switches:
+            setattr(holder, name, value)
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:

@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from e2h.config import DataConfig
 from e2h.data import filesystem
@@ -34,13 +35,14 @@ Parts = dict[str, tuple[str, ...]]  # a record's name -> its path below the root
 
 
 def open_folder(data: DataConfig) -> Source:
-    """Lists the image files; hidden files and other suffixes are ignored.
+    """Lists the image files; hidden files are ignored, other suffixes too, with a remark.
 
     Raises:
       InputError: no images, images outside a class folder, a class with fewer than two training images, a zip entry
         that leaves the folder, is encrypted or occurs twice.
     """
-    groups = _split_groups(_list_images(data), data)
+    images, others = _list_images(data)
+    groups = _split_groups(images, data)
     _refuse_wrong_level(groups, data)
     labels, names = _label_folders(groups, data)
     shards: list[Shard] = []
@@ -49,10 +51,33 @@ def open_folder(data: DataConfig) -> Source:
         for start, stop in cut(len(members), data.records_per_shard):
             shards.append(Shard(split, names, str(data.path), "", start, stop, members=members[start:stop]))
     _check_classes(shards, names, data)
-    return make_source(shards, names, data)
+    remarks = [*_left_out(others), *_unused(images, groups), *_renamed(labels, names)]
+    return replace(make_source(shards, names, data), remarks=tuple(remarks))
 
 
-def _list_images(data: DataConfig) -> Parts:
+def _left_out(others: list[str]) -> Iterator[str]:
+    if others:
+        endings = sorted({"." + name.rsplit(".", 1)[-1] if "." in name else "none" for name in others})
+        shown = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
+        yield f"files left out and not counted, for their endings ({shown}): {len(others)}, such as {others[0]}"
+
+
+def _unused(images: Parts, groups: dict[str, Parts]) -> Iterator[str]:
+    unused = len(images) - sum(map(len, groups.values()))
+    if unused:
+        tops = sorted({images[name][0] for name in set(images).difference(*groups.values())})
+        yield f"{unused} images below {', '.join(tops)} are left out: another folder is the test split"
+
+
+def _renamed(labels: dict[str, int], names: tuple[str, ...]) -> Iterator[str]:
+    pairs = [f"{folder} is {names[label]}" for folder, label in labels.items() if folder != names[label]]
+    if pairs and len(labels) > 1:
+        shown = ", ".join(pairs[:5]) + (", ..." if len(pairs) > 5 else "")
+        yield f"data.class_names renames folders, in their sorted order: {shown}"
+
+
+def _list_images(data: DataConfig) -> tuple[Parts, list[str]]:
+    """The images, and the names of the other files."""
     path = str(data.path)
     is_zip = filesystem.kind(path) == "file"
     files = _list_zip(data) if is_zip else filesystem.list_files(path)
@@ -63,7 +88,8 @@ def _list_images(data: DataConfig) -> Parts:
         if size > MAX_FILE_BYTES:
             raise InputError(f"image={name}: expected at most {MAX_FILE_BYTES} bytes an image, found {size}; remove it")
     parts = {name: tuple(name.split("/")) for name, _ in images}
-    return _without_wrapper(parts) if is_zip else parts
+    others = [name for name, _ in files if name not in parts]
+    return _without_wrapper(parts) if is_zip else parts, others
 
 
 def _without_wrapper(parts: Parts) -> Parts:

@@ -63,12 +63,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """A listed source. `num_train` and `num_test` count what is listed, before any corrupt image is found."""
+    """A listed source. `num_train` and `num_test` count what is listed, before any corrupt image is found.
+
+    `remarks` say, a sentence each, what was understood that an owner may not have meant; they may name folders.
+    """
 
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...]
     num_train: int
     num_test: int
+    remarks: tuple[str, ...] = ()
 
 
 def record_id(name: str) -> int:

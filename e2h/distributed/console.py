@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from shutil import get_terminal_size
 from typing import ClassVar
@@ -33,6 +33,12 @@ def say(stage: str, text: str) -> None:
         print(f"{stage:<10} {text}", flush=True)
 
 
+def warn(sentences: Iterable[str]) -> None:
+    """A line each, of what is allowed and seldom meant."""
+    for sentence in sentences:
+        say("warning", sentence)
+
+
 def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], config: Config | None = None) -> None:
     """What will be released and what it costs, before anything is spent.
 
@@ -51,8 +57,7 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], config: Config
     noise = planned_pixel_noise(config, plan) if config else None
     if noise is not None:
         print(f"{'':<10} noise of a pixel in the mean of a class's images: {noise:.3f}, where white is 1", flush=True)
-    for warning in [*plan.warnings, *(doubts(config) if config else [])]:
-        say("warning", warning)
+    warn([*plan.warnings, *(doubts(config) if config else [])])
 
 
 def _mechanism(release: Charge) -> str:

@@ -15,7 +15,7 @@ from e2h.curriculum.search_plan import SearchPlan, plan_search, price_list
 from e2h.data.filesystem import write_bytes
 from e2h.data.records import Source
 from e2h.data.remote import Place
-from e2h.distributed.console import say, show_plan
+from e2h.distributed.console import say, show_plan, warn
 from e2h.privacy.plan import PrivacyPlan, make_plan
 
 
@@ -27,13 +27,18 @@ def dry_run(config: Config, root: Place) -> PrivacyPlan:
     run = Run(root, config)
     plan = run.shared_plan(make_plan(config, num_records, source.class_names))
     content = plan.to_json()
-    say("images", understood(config, source))
+    _say_images(config, source)
     # The plan of a run that has begun is what its ledger was opened with: looking must not change it.
     if run.ledger.budget() is None:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
     show_plan(plan, [release["epsilon_alone"] for release in content["releases"]], config)
     return plan
+
+
+def _say_images(config: Config, source: Source) -> None:
+    say("images", understood(config, source))
+    warn(source.remarks)
 
 
 def understood(config: Config, source: Source) -> str:
@@ -60,7 +65,7 @@ def search_dry_run(config: Config, root: Place) -> None:
         plan = replace(plan, whole=run.shared_plan(plan.whole))
         rows = price_list(config, num_records)
         content = {**plan.to_json(config), "prices": rows}
-        say("images", understood(config, source))
+        _say_images(config, source)
         if run.ledger.budget() is None:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())

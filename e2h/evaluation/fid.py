@@ -1,4 +1,7 @@
-"""FID, KID, precision and recall, and the Inception score, as torch-fidelity computes them with its defaults."""
+"""FID, KID, precision and recall, and the Inception score, as torch-fidelity computes them with its defaults.
+
+KID, precision and recall are of at most `MAX_COMPARED` images a side.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ NUM_SPLITS = 10  # of the Inception score
 NUM_SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 # Images behind KID, precision and recall: the first so many of each side, since cost grows with the square.
 MAX_COMPARED = 10_000
-# torch-fidelity's own: the same subsets and splits are drawn, so the same features give the same numbers.
+# torch-fidelity's own: the same subsets and splits are drawn, so up to MAX_COMPARED images give the same numbers.
 SEED = 2020
 
 Floats = NDArray[np.floating]

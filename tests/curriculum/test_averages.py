@@ -12,7 +12,7 @@ from torch import nn
 
 from e2h.config import FinetuneConfig
 from e2h.curriculum.adam import LEAST, NoiseCorrectedAdam, learning_rate
-from e2h.curriculum.averages import PowerAverages, average, exponent, moments, snapshots
+from e2h.curriculum.averages import PowerAverages, average, exponent, snapshot_steps, snapshots
 
 WALK, KEPT = 60, 8
 
@@ -29,7 +29,7 @@ def walk(tmp_path_factory):
                 parameter.add_(0.3 * torch.randn_like(parameter))
         seen.append(parameters(network).clone())
         averages.update(network)
-        if step in moments(WALK, KEPT):
+        if step in snapshot_steps(WALK, KEPT):
             averages.write(folder)
     return torch.stack(seen).double(), folder
 
@@ -55,10 +55,10 @@ def test_widths_are_standard_deviations_of_the_profile():
         assert np.sqrt(((t - mean) ** 2 * profile).sum() / profile.sum()) == pytest.approx(width, rel=1e-3)
 
 
-def test_moments_are_even_and_end_with_the_last_step():
-    assert moments(60, 4) == [15, 30, 45, 60]
-    assert moments(3, 8) == [1, 2, 3]
-    assert moments(60, 0) == []
+def test_snapshot_steps_are_even_and_end_with_the_last_step():
+    assert snapshot_steps(60, 4) == [15, 30, 45, 60]
+    assert snapshot_steps(3, 8) == [1, 2, 3]
+    assert snapshot_steps(60, 0) == []
 
 
 @pytest.mark.usefixtures("quick_store")

@@ -47,6 +47,8 @@ def test_suffixes_and_hidden_files(tmp_path: Path, write_images) -> None:
     (tmp_path / "a/readme.txt").write_text("no image")
     data = config(tmp_path, test_fraction=0.0)
     assert names_and_labels(data) == {"a/1.PNG": 0, "a/deep/er/2.jpeg": 0, "b/3.webp": 1, "b/4.pgm": 1}
+    (said,) = open_source(data).remarks
+    assert said == "files left out and not counted, for their endings (.txt): 1, such as a/readme.txt"
 
 
 @pytest.mark.parametrize("test", ["test", "val", "validation"])
@@ -65,6 +67,7 @@ def test_validation_is_unused_beside_test(tmp_path: Path, write_images) -> None:
     write_images(tmp_path, [f"{split}/{name}" for split in ("train", "val", "test") for name in PETS])
     source = open_source(config(tmp_path))
     assert (source.num_train, source.num_test) == (24, 24)
+    assert source.remarks == ("24 images below val are left out: another folder is the test split",)
 
 
 def test_train_alone_is_no_split_and_may_be_a_class_name(tmp_path: Path, write_images) -> None:
@@ -90,10 +93,14 @@ def test_unlabelled_is_one_class(tmp_path: Path, write_images) -> None:
 
 def test_class_names_order_or_rename(tmp_path: Path, write_images) -> None:
     write_images(tmp_path, PETS)
-    assert names_and_labels(config(tmp_path, class_names=["dogs", "cats"]))["dogs/000.png"] == 0
+    swapped = config(tmp_path, class_names=["dogs", "cats"])
+    assert names_and_labels(swapped)["dogs/000.png"] == 0
+    assert open_source(swapped).remarks == ()
     renamed = config(tmp_path, class_names=["Katze", "Hund"])
     assert open_source(renamed).class_names == ("Katze", "Hund")
     assert names_and_labels(renamed)["dogs/000.png"] == 1
+    (said,) = open_source(renamed).remarks
+    assert said == "data.class_names renames folders, in their sorted order: cats is Katze, dogs is Hund"
     with pytest.raises(InputError, match=r"data.class_names.*expected 2 names.*cats, dogs"):
         open_source(config(tmp_path, class_names=["dogs"]))
 
