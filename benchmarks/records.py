@@ -154,7 +154,7 @@ def timed(work: Callable[[], object], clock: Callable[[], float] = time.perf_cou
 def numpy_rates(prepared: Prepared, query: CentralQuery, key: bytes) -> dict[str, float]:
     """Records a second of the obvious loop, on one core, by floating-point type."""
     blocks, ids = [], []
-    for block in iter_batches(prepared.paths("train"), NUMPY_BLOCK):
+    for block in iter_batches(prepared.files("train"), NUMPY_BLOCK):
         blocks.append(block.images.reshape(len(block), -1).copy())
         ids.append(block.ids)
         if sum(map(len, blocks)) >= NUMPY_RECORDS:

@@ -14,14 +14,16 @@ import numpy as np
 from e2h.config import expect
 from e2h.curriculum.run import Run
 from e2h.curriculum.stages import read_or_make_plan
+from e2h.curriculum.synthesis import synthesized
 from e2h.data.exports import read_hf_parquet
 from e2h.data.filesystem import copy_files, list_files, remove, write_bytes
 from e2h.data.images import decode
 from e2h.data.remote import Place
 from e2h.data.storage import Prepared, iter_batches, open_prepared
-from e2h.errors import BudgetError, InputError
+from e2h.errors import BudgetError
 from e2h.evaluation.evaluate import evaluate as measure
 from e2h.privacy.plan import read_plan
+from e2h.reporting.facts import read_json
 from e2h.reporting.metrics import MetricWriter
 from e2h.reporting.publish import publish as build_release
 from e2h.reporting.report import write_report
@@ -57,14 +59,18 @@ def evaluate(run: Run, elsewhere: Callable[[Callable[[], Measured]], Measured] =
       `evaluation.json`, see `e2h.evaluation.evaluate.evaluate`.
     """
     if not run.evaluation.exists():
+        _expect_images(run)
         result = elsewhere(partial(_evaluate, run))
         with MetricWriter(run.root, run.config.privacy.test_mode) as metrics:
             for name, value in result["downstream"].items():
                 metrics.scalar(f"evaluation/{name}", value["accuracy"], 0)
             metrics.scalar("evaluation/frechet", result["frechet"]["distance"], 0)
         write_bytes(run.evaluation, json.dumps(result, indent=2).encode())
-    found: Measured = json.loads(run.evaluation.read_text())
-    return found
+    return read_json(run.evaluation)
+
+
+def _expect_images(run: Run) -> None:
+    expect(synthesized(run), "run.name", run.root.name, "all synthetic images", "run the sample job first")
 
 
 def show_grid(run: Run, folder: str) -> None:
@@ -95,12 +101,11 @@ def some_images(prepared: Prepared, count: int) -> tuple[np.ndarray, np.ndarray]
 
     Of a large set few files are opened.
     """
-    paths = prepared.paths("train")
-    per_file = max(1, prepared.manifest.num_train // len(paths))
-    num_files = min(len(paths), max(EVALUATED_FILES, -(-count // per_file) + 1))
-    chosen = [paths[place] for place in np.linspace(0, len(paths) - 1, num_files).round().astype(int)]
-    rows = dict(zip(paths, (file.rows for file in prepared.manifest.files["train"]), strict=True))
-    total = sum(rows[path] for path in chosen)
+    files = prepared.files("train")
+    per_file = max(1, prepared.manifest.num_train // len(files))
+    num_files = min(len(files), max(EVALUATED_FILES, -(-count // per_file) + 1))
+    chosen = [files[place] for place in np.linspace(0, len(files) - 1, num_files).round().astype(int)]
+    total = sum(file.rows for file in chosen)
     places = np.linspace(0, total - 1, min(count, total)).round().astype(int)
     images, labels, start = [], [], 0
     for block in iter_batches(chosen, EVALUATED_AT_ONCE):
@@ -118,8 +123,7 @@ def publish(run: Run) -> Place:
       InputError: if there are no synthetic images, or the release has anything private in it.
       BudgetError: if the ledger charged anything else than the plan says: then the plan's epsilon is not the release's.
     """
-    if not run.done("sample"):
-        raise InputError(f"run.name={run.root.name}: expected synthetic images; run the sample job first")
+    _expect_images(run)
     plan = read_plan(read_or_make_plan(run, open_prepared(run.prepared)))
     run.open_budget(plan.budget)
     if set(run.ledger.charged()) != set(plan.releases):
@@ -143,7 +147,8 @@ def _on_this_machine(run: Run) -> Iterator[Path]:
         copy_files(run.root, folder, [name for name in names if name.startswith(REPORTED)])
         yield folder
         made = [name for name, _ in list_files(folder) if name.startswith(("release/", "report.html", "figures/"))]
-        copy_files(folder, run.root, made)
+        # The card last: a folder without one is no release.
+        copy_files(folder, run.root, sorted(made, key=lambda name: name == "release/README.md"))
         for name in names:
             if name.startswith("release/") and name not in made:
                 remove(run.root / name)

@@ -195,21 +195,9 @@ def _validate_outputs(config: Config) -> None:
     expect(chosen, "sampling.ema_widths", sampling.ema_widths, "one width: without central images there is no choice")
     for width in sampling.ema_widths:
         expect(0 < width <= 0.25, "sampling.ema_widths", width, "relative widths in (0, 0.25]")
-    kept, advice = config.finetune.ema_snapshots, "set both finetune.ema_snapshots and sampling.ema_widths, or neither"
-    expect(
-        bool(kept) or not sampling.ema_widths,
-        "sampling.ema_widths",
-        sampling.ema_widths,
-        "none without averages",
-        advice,
-    )
-    expect(
-        bool(sampling.ema_widths) or not kept,
-        "finetune.ema_snapshots",
-        kept,
-        "0 without widths to make of them",
-        advice,
-    )
+    both = {"sampling.ema_widths": sampling.ema_widths, "finetune.ema_snapshots": config.finetune.ema_snapshots}
+    for name, value in both.items():
+        expect(not value or all(both.values()), name, value, f"none without {' and '.join(both.keys() - {name})}")
     fractions = sampling.class_fractions
     if fractions is not None:
         total_ok = min(fractions, default=-1) >= 0 and abs(sum(fractions) - 1) < 1e-6

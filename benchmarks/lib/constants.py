@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from e2h.config import CentralConfig
 from e2h.curriculum.batches import make_batch
 from e2h.curriculum.central import CentralQuery, add_product, add_selected
-from e2h.data.storage import iter_batches, row_writer
+from e2h.data.storage import PreparedFile, iter_batches, row_writer
 from e2h.diffusion.ema import EMA
 from e2h.diffusion.networks import UNet
 from e2h.privacy.events import PoissonSampledGaussian, Release
@@ -203,10 +203,11 @@ def _unpack(folder: Path) -> float:
     with row_writer(path, (64, 3), ["one"]) as rows:
         for identity, image in enumerate(images):
             rows.add((identity, 0, image.tobytes()))
+    written = PreparedFile(str(path), len(images), rows.digest())
 
     def unpack() -> None:
         with open(folder / "mapped", "wb") as file:
-            for batch in iter_batches([str(path)], 1024):
+            for batch in iter_batches([written], 1024):
                 file.write(batch.images.tobytes())
 
     return shortest(unpack, 3) / images.size

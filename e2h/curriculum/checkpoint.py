@@ -6,6 +6,7 @@ steps are addressed, so those that are taken again give the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
 from e2h.errors import InputError
 
-FORMAT = "e2h-checkpoint-1"
+FORMAT = "e2h-checkpoint-2"  # ends with the SHA-256 of what is before: torch reads a changed bit without a word
 # A kill costs at most a minute of work: so much, and a quarter of a minute to write it.
 EVERY_S = 45.0
+DIGEST_BYTES = hashlib.sha256().digest_size
 KEYS = {"format", "binding", "stage", "step", "state"}
 
 
@@ -73,7 +75,9 @@ class Checkpoints:
             writing.result()
 
     def _write(self, stage: str, step: int, content: bytes) -> None:
-        write_bytes(self._path(stage, step), content)
+        for left in self.folder.glob(f".{stage}-*.tmp"):  # by a writer that was killed
+            left.unlink(missing_ok=True)
+        write_bytes(self._path(stage, step), content + hashlib.sha256(content).digest())
         for old in self._paths(stage)[:-2]:
             old.unlink(missing_ok=True)
 
@@ -94,7 +98,11 @@ class Checkpoints:
 
     def _load(self, path: Place) -> dict[str, Any]:
         try:
-            content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+            whole = path.read_bytes()
+            written, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
+            if hashlib.sha256(written).digest() != digest:
+                raise ValueError("other bytes than were written")
+            content = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # a damaged pickle fails in a dozen ways

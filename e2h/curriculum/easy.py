@@ -18,7 +18,9 @@ from e2h.curriculum.pictures import by_class, write_grid
 from e2h.curriculum.run import Run
 from e2h.data.exports import read_hf_parquet, write_hf_parquet
 from e2h.data.filesystem import write_bytes
-from e2h.data.storage import Prepared, iter_batches
+from e2h.data.remote import Place
+from e2h.data.storage import DAMAGED_FILE, Prepared, PreparedFile, iter_batches
+from e2h.errors import InputError
 from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan
 
@@ -85,10 +87,17 @@ def _frequency(
         buffer = io.BytesIO()
         np.save(buffer, query.embeddings(_released(run, prepared, query, "frequency", sums_of)))
         write_bytes(path, buffer.getvalue())
-    embeddings = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    embeddings = _read_embeddings(path)
     images, labels = elsewhere(partial(_generated, embeddings, query, run.config.seed))
     write_hf_parquet(folder / "images.parquet", images, labels, facts.class_names, notes=stamp(run.config))
     write_grid(run, folder / "grid.png", *by_class(images, labels, len(facts.class_names)))
+
+
+def _read_embeddings(path: Place) -> np.ndarray:
+    try:
+        return np.asarray(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise InputError(f"file={path}: {DAMAGED_FILE}") from error
 
 
 def _generated(embeddings: np.ndarray, query: FrequencyQuery, seed: int) -> Images:
@@ -111,11 +120,11 @@ def mask_key(run: Run, stage: str, domain: str) -> bytes:
     return derive_key(run.secret(), f"{stage}/sampling", domain)
 
 
-def file_sums(paths: list[str], query: Query, key: bytes) -> tuple[np.ndarray, int]:
+def file_sums(files: list[PreparedFile], query: Query, key: bytes) -> tuple[np.ndarray, int]:
     """Sums over files, and how many records they have, in the memory of the sums and one block of records."""
     total, count = query.zero_sums(), 0
     bytes_per_image = query.channels * query.image_size**2
-    for block in iter_batches(paths, max(1, min(BLOCK_RECORDS, BLOCK_BYTES // bytes_per_image))):
+    for block in iter_batches(files, max(1, min(BLOCK_RECORDS, BLOCK_BYTES // bytes_per_image))):
         query.partial_sums(block.images, block.labels, block.ids, key, total)
         count += len(block)
     return total, count

@@ -11,8 +11,9 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,30 @@ from e2h.errors import InputError
 NAME = ".lock"
 RENEWED_EVERY_S = 10.0
 STALE_AFTER_S = 60.0  # a holder that did not renew for so long is gone
+SURELY_STALE_S = STALE_AFTER_S + 2 * RENEWED_EVERY_S  # after its death, wherever its files lie
+ASK_EVERY_S = 2.0
 
 
 @contextmanager
-def only_driver(root: Place) -> Iterator[None]:
+def only_driver(root: Place, patience_s: float = 0.0) -> Iterator[None]:
     """Holds the run's lease while the block runs.
+
+    Args:
+      patience_s: how long to ask again where it can't be had.
 
     Raises:
       InputError: if another process holds it, or the store gives no conditional writes.
     """
-    with _locked(root / NAME) if isinstance(root, Path) else _leased(root / NAME):
+    deadline = time.monotonic() + patience_s
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(_locked(root / NAME) if isinstance(root, Path) else _leased(root / NAME))
+                break
+            except InputError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(ASK_EVERY_S)
         yield
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves for its readers: with which settings, which command and which packages it was made."""
+"""What a run's folder says of itself: with which settings, command and packages it is made, and may go on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from importlib.metadata import version
 import yaml
 
 import e2h
-from e2h.binding import binding
+from e2h.binding import binding, differences
 from e2h.config import Config
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
+from e2h.errors import InputError
 
 PACKAGES = ("torch", "numpy", "opacus", "dp-accounting", "pyarrow", "cryptography")
 
@@ -32,3 +33,24 @@ def describe(root: Place, config: Config) -> None:
         **packages,
     }
     write_bytes(root / "environment.json", json.dumps(environment, indent=2).encode())
+
+
+def check_binding(root: Place, config: Config) -> None:
+    """Raises `InputError` if the folder holds a run of another configuration."""
+    path = root / "binding.json"
+    if not path.exists():
+        return
+    try:
+        bound = json.loads(path.read_text())
+        changed = differences(bound, json.loads(json.dumps(binding(config))))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the configuration that this run began with; the file is damaged: restore it, or choose "
+            f"a new name: run.name={root.name}-2"
+        ) from error
+    if changed:
+        shown = ", ".join(f"{name} is {new} and was {old}" for name, old, new in changed)
+        raise InputError(
+            f"run.name={root.name}: expected the configuration that this run began with, but {shown}; "
+            f"change it back to resume, or choose a new name: run.name={root.name}-2"
+        )

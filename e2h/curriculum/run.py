@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from e2h.binding import binding, differences, digest
+from e2h.binding import binding, digest
 from e2h.config import Config, expect, run_name
-from e2h.curriculum.lease import only_driver
-from e2h.curriculum.notes import describe
+from e2h.curriculum.lease import SURELY_STALE_S, only_driver
+from e2h.curriculum.notes import check_binding, describe
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place, S3Path, abort_uploads, place, scratch_folder
 from e2h.errors import InputError
@@ -125,8 +125,14 @@ class Run:
         """
         ledger, shared = self.ledger, self.dataset_ledger
         ledger.open(budget, lambda releases, delta: epsilon(releases, delta).epsilon)
-        if shared is not None:
+        # A run that was charged to its end holds already, and can't spend any more; its key may be deleted.
+        if shared is not None and not self.charged_to_its_end():
             shared.hold(self._holder(), self.root.name, budget.planned)
+
+    def charged_to_its_end(self) -> bool:
+        """Whether the whole plan is paid, so that nothing more can be."""
+        state = self.ledger.state()
+        return state.budget is not None and set(state.charged()) == set(state.budget.planned)
 
     def _holder(self) -> str:
         """Names this run's ledger and secret to the data set's ledger; empty before the ledger is opened.
@@ -163,9 +169,13 @@ class Run:
         return derive_key(self.secret(), "domain", digest(parts)).hex()
 
     def done(self, stage: str) -> bool:
-        """Whether a stage of this very configuration has finished."""
+        """Whether a stage of this very configuration has finished and what it made is there; a damaged mark is none."""
         path = self._marker(stage)
-        return path.exists() and json.loads(path.read_text())["binding"] == digest(binding(self.config))
+        if not path.exists() or not self._product(stage).exists():
+            return False
+        with suppress(ValueError, KeyError, TypeError):
+            return bool(json.loads(path.read_text())["binding"] == digest(binding(self.config)))
+        return False
 
     def bind(self) -> None:
         """From now on only this configuration may go on with the run: what was prepared depends on it."""
@@ -176,14 +186,16 @@ class Run:
         write_bytes(self._marker(stage), content.encode())
 
     def _marker(self, stage: str) -> Place:
-        folders = {
-            "prepare": self.prepared,
-            "central": self.central,
-            "frequency": self.easy("frequency"),
-            "train": self.checkpoints,
-            "sample": self.synthetic,
-        }
-        return folders[stage] / "_SUCCESS.json"
+        return self._product(stage).parent / "_SUCCESS.json"
+
+    def _product(self, stage: str) -> Place:
+        return {
+            "prepare": self.prepared / "meta.json",
+            "central": self.central / "images.parquet",
+            "frequency": self.easy("frequency") / "images.parquet",
+            "train": self.weights,
+            "sample": self.synthetic / "grid.png",
+        }[stage]
 
 
 def witness_path(root: Place) -> Place:
@@ -241,7 +253,8 @@ def open_run(config: Config, common: Place | None = None) -> Iterator[Run]:
       InputError: if the directory holds a run of another configuration, or another process is running it.
     """
     run = Run(make_root(config), config, secrets.token_hex(16), common)
-    with only_driver(run.root):
+    # Of a trial's drivers one that still holds it is dead: the search alone starts another.
+    with only_driver(run.root, SURELY_STALE_S if common is not None else 0.0):
         check_binding(run.root, config)
         if isinstance(run.root, S3Path):
             abort_uploads(run.root)
@@ -263,27 +276,13 @@ def _create_secret(run: Run) -> None:
     """Where the user named a file or a variable, it is his to make."""
     given = run.config.privacy.secret
     if given is None and not run.config.privacy.test_mode:
-        create_secret(Path(run.secret_reference.removeprefix("file:")))
+        path = Path(run.secret_reference.removeprefix("file:"))
+        begun = witness_path(run.root).exists() and run.ledger.budget() is not None
+        if not path.exists() and begun and not run.charged_to_its_end():
+            raise InputError(
+                f"{path}: expected the secret that this run began with, for another one draws other noise; restore it, "
+                f"or choose a new name: run.name={run.root.name}-2"
+            )
+        create_secret(path)
     elif given is not None and given.startswith("s3://"):
         create_secret_object(given)
-
-
-def check_binding(root: Place, config: Config) -> None:
-    """Raises `InputError` if the folder holds a run of another configuration."""
-    path = root / "binding.json"
-    if not path.exists():
-        return
-    try:
-        bound = json.loads(path.read_text())
-        changed = differences(bound, json.loads(json.dumps(binding(config))))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"{path}: expected the configuration that this run began with; the file is damaged: restore it, or choose "
-            f"a new name: run.name={root.name}-2"
-        ) from error
-    if changed:
-        shown = ", ".join(f"{name} is {new} and was {old}" for name, old, new in changed)
-        raise InputError(
-            f"run.name={root.name}: expected the configuration that this run began with, but {shown}; "
-            f"change it back to resume, or choose a new name: run.name={root.name}-2"
-        )

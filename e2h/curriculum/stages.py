@@ -18,7 +18,7 @@ import torch
 from e2h.config import DataConfig
 from e2h.curriculum.easy import Query, file_sums, mask_key, release_easy_stage
 from e2h.curriculum.run import Run
-from e2h.curriculum.synthesis import Synthesizer, choose_average, num_shards, write_synthetic_grid
+from e2h.curriculum.synthesis import Synthesizer, choose_average, num_shards, synthesized, write_synthetic_grid
 from e2h.curriculum.train import train as train_network
 from e2h.curriculum.warmup import Report
 from e2h.curriculum.workers import Workers
@@ -52,6 +52,8 @@ def prepare(run: Run, write: Callable[[Source, DataConfig, str], list[ShardStats
             stats = write(source, data, folder)
             # Writes `meta.json`, without which nobody takes the folder for a prepared set.
             finish_prepared(folder, source, data, stats)
+            for left in run.prepared.glob(".*.tmp"):  # images, of tasks that were killed
+                left.unlink(missing_ok=True)
         except BaseException:
             remove(run.prepared)
             raise
@@ -72,19 +74,26 @@ def calibrate(run: Run, prepared: Prepared) -> PrivacyPlan:
 
 
 def read_or_make_plan(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """plan.json, made before the ledger is opened and only read afterwards."""
+    """plan.json, made before the ledger is opened and only read afterwards.
+
+    Raises:
+      InputError: if it can't be read, or is that of other data. Of a search whose trials are charged it is not made
+        anew here: it would be a single run's.
+    """
     path, facts = run.root / "plan.json", prepared.manifest
-    if run.ledger.budget() is None or not path.exists():
+    searched = run.config.search.privacy in ("selection", "compose")
+    again = "; jobs/search.py with the same settings makes it again" if searched else ""
+    if run.ledger.budget() is None or not (searched or path.exists()):
         made = run.shared_plan(make_plan(run.config, facts.num_listed_train, facts.class_names))
         write_bytes(path, json.dumps(made.to_json(), indent=2).encode())
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         plan = read_plan(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: expected the plan that e2h wrote; it is damaged, remove it") from error
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected the plan that e2h wrote; it can't be read, remove it{again}") from error
     public = (plan.num_records, plan.class_names, plan.not_private)
     if public != (facts.num_listed_train, facts.class_names, run.config.privacy.test_mode):
-        raise InputError(f"{path}: expected the plan of this data and configuration; it was altered, remove it")
+        raise InputError(f"{path}: expected the plan of this data and configuration; it was altered, remove it{again}")
     return content
 
 
@@ -96,7 +105,7 @@ def release_easy_stages(run: Run, prepared: Prepared, plan: PrivacyPlan) -> None
 
 
 def _sums(run: Run, prepared: Prepared, stage: str, query: Query, domain: str) -> np.ndarray:
-    total, count = file_sums(prepared.paths("train"), query, mask_key(run, stage, domain))
+    total, count = file_sums(prepared.files("train"), query, mask_key(run, stage, domain))
     if count != prepared.manifest.num_train:
         raise RuntimeError(f"the pass saw {count} records of {prepared.manifest.num_train}; nothing was released")
     return total
@@ -124,7 +133,7 @@ def train(
 
 def sample(run: Run, device: str = "cpu") -> None:
     """Synthetic images from the released weights."""
-    if run.done("sample"):
+    if synthesized(run):
         return
     choose_average(run)
     forget_images_of_other_weights(run)

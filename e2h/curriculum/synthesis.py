@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from e2h.config import Config, SamplingConfig, expect, stamp
@@ -18,9 +19,10 @@ from e2h.curriculum.workers import is_out_of_memory
 from e2h.data.exports import read_hf_parquet, write_hf_parquet
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place
-from e2h.data.storage import open_prepared
+from e2h.data.storage import DAMAGED_FILE, open_prepared
 from e2h.diffusion.networks import UNet
 from e2h.diffusion.samplers import sample, to_uint8
+from e2h.errors import InputError
 from e2h.privacy.scores import central_distance
 
 STAGE = "sampling"
@@ -101,7 +103,7 @@ class Synthesizer:
         prepared = open_prepared(run.prepared)
         self.run, self.manifest = run, prepared.manifest
         self.network: UNet = new_network(run, prepared)
-        self.network.load_state_dict(load(run.weights.read_bytes()))
+        self.network.load_state_dict(_weights(run))
         self.network.to(device).eval()
         self.evaluate = self.network
         if run.config.sampling.compile:
@@ -147,6 +149,19 @@ class Synthesizer:
         labels = torch.from_numpy(self.labels[padded])
         images = sample(self.evaluate, labels, seeds, self.run.config.sampling, shape)
         return to_uint8(images[: len(places)]).numpy()
+
+
+def synthesized(run: Run) -> bool:
+    """Whether all images are there."""
+    parts = list(run.synthetic.glob("part-*.parquet"))
+    return run.done("sample") and len(parts) == num_shards(run.config.sampling)
+
+
+def _weights(run: Run) -> dict[str, torch.Tensor]:
+    try:
+        return load(run.weights.read_bytes())
+    except SafetensorError as error:
+        raise InputError(f"file={run.weights}: {DAMAGED_FILE}") from error
 
 
 def write_synthetic_grid(run: Run, num_classes: int) -> None:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from e2h.data import filesystem
 from e2h.data.images import decode, encode_png
+from e2h.data.storage import DAMAGED_FILE, open_shard
 from e2h.errors import InputError
 
 ROW_GROUP = 1000  # images; small groups let the Hub's viewer page through
@@ -69,13 +70,13 @@ def read_hf_parquet(paths: Iterable[filesystem.Location]) -> tuple[np.ndarray, n
       images uint8 [N, H, W, C] and labels int64 [N].
 
     Raises:
-      InputError: if there is no image, or not all have one shape.
+      InputError: if there is no image, a file is damaged, or not all images have one shape.
     """
     images: list[np.ndarray] = []
     labels: list[int] = []
     for path in paths:
-        with filesystem.open_input(path) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=ROW_GROUP, columns=["image", "label"]):
+        with open_shard(path, DAMAGED_FILE) as file:
+            for batch in file.iter_batches(batch_size=ROW_GROUP, columns=["image", "label"]):
                 images += [decode(content) for content in batch.column("image").field("bytes").to_pylist()]
                 labels += batch.column("label").to_pylist()
     shapes = {image.shape for image in images}

@@ -1,4 +1,4 @@
-"""A prepared split as one uncompressed file on a node's own disk, mapped by all its workers."""
+"""A prepared split as uncompressed files on a node's own disk, mapped by all its workers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from e2h.data import filesystem
-from e2h.data.storage import BATCH, ImageSet, Prepared, iter_batches, load_labels
+from e2h.data.storage import BATCH, ImageSet, Prepared, iter_batches
 from e2h.errors import InputError
 
 
 def map_split(prepared: Prepared, split: str, cache_folder: str | os.PathLike[str]) -> ImageSet:
     """A split whose images stay on disk: reading an image costs page faults only, processes of a node share the pages.
 
-    The first call writes the images once as an uncompressed .npy file; its name carries the digest of the rows. Of
-    several processes that ask at once, one writes and the others wait.
+    The first call writes ids with labels, then images, as uncompressed .npy files whose names carry the digest of the
+    rows, which it verifies. Of several processes that ask at once, one writes and the others wait.
 
     Args:
       prepared: where to read.
@@ -32,17 +32,18 @@ def map_split(prepared: Prepared, split: str, cache_folder: str | os.PathLike[st
       ids and labels in memory, images mapped read-only.
 
     Raises:
-      InputError: where the disk has no room, or the file is not what was written.
+      InputError: where the disk has no room, or a file is not what was written.
     """
     path = Path(cache_folder).absolute() / f"{split}-{prepared.manifest.digest[:32]}.npy"
-    ids, labels = load_labels(prepared, split)
-    if not path.exists():
+    shape, records = prepared.shape(split), path.with_suffix(".records.npy")
+    if not path.exists() or not records.exists():
         filesystem.make_folder(path.parent)
         with _only_writer(path):
-            if not path.exists():
+            if not path.exists() or not records.exists():
                 _check_room(path, prepared, split)
-                _write_npy(path, prepared, split)
-    return ImageSet(ids, labels, _map_npy(path, prepared.shape(split)))
+                _write_npy(path, records, prepared, split)
+    ids, labels = _map_npy(records, (2, shape[0]), np.int64)
+    return ImageSet(np.array(ids), np.array(labels), _map_npy(path, shape, np.uint8))
 
 
 @contextmanager
@@ -68,21 +69,26 @@ def _check_room(path: Path, prepared: Prepared, split: str) -> None:
         )
 
 
-def _map_npy(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _map_npy(path: Path, shape: tuple[int, ...], kind: type[np.generic]) -> np.ndarray:
     try:
         # An empty file can't be mapped.
-        images = np.load(path, mmap_mode="r" if shape[0] else None)
-    except ValueError as error:
+        array = np.load(path, mmap_mode="r" if math.prod(shape) else None)
+    except (ValueError, EOFError) as error:
         raise InputError(f"file={path}: expected a .npy file ({error}); delete it") from error
-    if images.shape != shape or images.dtype != np.uint8:
-        raise InputError(f"file={path}: expected uint8 images of shape {shape}; delete it")
-    return images
+    if array.shape != shape or array.dtype != kind:
+        raise InputError(f"file={path}: expected {kind.__name__} of shape {shape}; delete it")
+    return array
 
 
-def _write_npy(path: Path, prepared: Prepared, split: str) -> None:
+def _write_npy(path: Path, records: Path, prepared: Prepared, split: str) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": prepared.shape(split)}
+    known, start = np.empty((2, prepared.shape(split)[0]), np.int64), 0
     # Written, not mapped: a full disk then raises an error instead of killing the process.
     with filesystem.atomic_writer(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for batch in iter_batches(prepared.paths(split), BATCH):
+        for batch in iter_batches(prepared.files(split), BATCH):
             file.write(batch.images.tobytes())
+            known[:, start : start + len(batch)] = batch.ids, batch.labels
+            start += len(batch)
+        with filesystem.atomic_writer(records) as file:
+            np.save(file, known)

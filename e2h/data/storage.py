@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from e2h.errors import InputError
 SPLITS = ("train", "test")
 FORMAT = "e2h-prepared/1"
 BATCH = 1024  # rows read at a time
+DAMAGED_FILE = "expected the bytes that were written; delete it, and the same command makes it again"
 DAMAGED = "expected the bytes that were written; delete the folder that it is in, and the same command makes it again"
 ROW_GROUP_BYTES = 16 * 2**20  # of pixels
 
@@ -32,6 +33,8 @@ Row = tuple[int, int, bytes]  # id, label, pixels (HWC)
 
 @dataclass(frozen=True)
 class PreparedFile:
+    """One shard: its name (in the manifest) or location, rows, and the digest of them (`RowWriter.digest`)."""
+
     name: str
     rows: int
     digest: str
@@ -71,13 +74,13 @@ class Prepared:
     folder: str
     manifest: Manifest
 
-    def paths(self, split: str) -> list[str]:
-        """The split's files in row order."""
-        return [filesystem.join(self.folder, file.name) for file in self.manifest.files[split]]
+    def files(self, split: str) -> list[PreparedFile]:
+        """The split's files in row order, with their locations as names."""
+        return [replace(one, name=filesystem.join(self.folder, one.name)) for one in self.manifest.files[split]]
 
     def blocks(self, split: str, size: int = BATCH) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Images and labels of the split, at most `size` at a time."""
-        return ((block.images, block.labels) for block in iter_batches(self.paths(split), size))
+        return ((block.images, block.labels) for block in iter_batches(self.files(split), size))
 
     def shape(self, split: str) -> tuple[int, int, int, int]:
         """[rows, H, W, C] of the split's images."""
@@ -164,11 +167,11 @@ def read_ids(location: filesystem.Location) -> np.ndarray:
 
 
 @contextmanager
-def open_shard(location: filesystem.Location) -> Iterator[pq.ParquetFile]:
-    """A shard to read within the block.
+def open_shard(location: filesystem.Location, damaged: str = DAMAGED) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of ours to read within the block.
 
     Raises:
-      InputError: where its bytes are not those that were written.
+      InputError: where its bytes are not those that were written, with `damaged`.
     """
     try:
         with filesystem.open_input(location) as file:
@@ -177,7 +180,7 @@ def open_shard(location: filesystem.Location) -> Iterator[pq.ParquetFile]:
         raise
     except Exception as error:
         filesystem.read_bytes(location)  # what the disk or the network refuses is said as it is
-        raise InputError(f"file={location}: {DAMAGED}") from error
+        raise InputError(f"file={location}: {damaged}") from error
 
 
 def write_manifest(folder: filesystem.Location, manifest: Manifest) -> None:
@@ -198,7 +201,7 @@ def open_prepared(folder: filesystem.Location) -> Prepared:
     try:
         return Prepared(os.fspath(folder), _parse_manifest(json.loads(filesystem.read_bytes(location))))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"file={location}: expected e2h's manifest ({error!r}); prepare again") from error
+        raise InputError(f"file={location}: {DAMAGED_FILE}") from error
 
 
 def _parse_manifest(values: dict[str, Any]) -> Manifest:
@@ -209,20 +212,37 @@ def _parse_manifest(values: dict[str, Any]) -> Manifest:
     return Manifest(**{**values, "class_names": tuple(values["class_names"]), "files": files})
 
 
-def iter_batches(files: Iterable[filesystem.Location], batch_size: int) -> Iterator[ImageSet]:
+def iter_batches(files: Iterable[PreparedFile], batch_size: int) -> Iterator[ImageSet]:
     """Reads shards one after the other in batches of at most `batch_size` rows; arrays are read-only views.
 
     A batch never spans two files. Memory stays at about one batch (plus one compressed row group).
+
+    Raises:
+      InputError: after the last batch of a file whose rows are not those of the manifest. What is named by the
+        manifest's digest, noise among it, must be of those rows.
     """
-    for location in files:
-        with open_shard(location) as file:
+    for one in files:
+        digest = hashlib.sha256()
+        with open_shard(one.name) as file:
             facts = json.loads(file.schema_arrow.metadata[b"e2h"])
             shape = (-1, facts["image_size"], facts["image_size"], facts["channels"])
             for batch in file.iter_batches(batch_size=batch_size):
                 labels = batch.column("label").to_numpy().astype(np.int64)
-                yield ImageSet(
+                rows = ImageSet(
                     batch.column("id").to_numpy(), labels, _fixed_bytes(batch.column("image")).reshape(shape)
                 )
+                digest.update(_row_bytes(rows))
+                yield rows
+        if digest.hexdigest() != one.digest:
+            raise InputError(f"file={one.name}: {DAMAGED}")
+
+
+def _row_bytes(rows: ImageSet) -> memoryview:
+    """What `RowWriter` digests of these rows."""
+    pixels = rows.images.reshape(len(rows), -1)
+    table = np.empty(len(rows), [("id", "<i8"), ("label", "<i4"), ("pixels", "u1", pixels.shape[1:])])
+    table["id"], table["label"], table["pixels"] = rows.ids, rows.labels, pixels
+    return table.view(np.uint8).data
 
 
 def _fixed_bytes(column: pa.FixedSizeBinaryArray) -> np.ndarray:
@@ -233,21 +253,10 @@ def _fixed_bytes(column: pa.FixedSizeBinaryArray) -> np.ndarray:
 
 def load_split(prepared: Prepared, split: str) -> ImageSet:
     """Loads a whole split into memory; rows in the order of the files."""
-    ids, labels = load_labels(prepared, split)
-    images = np.empty(prepared.shape(split), dtype=np.uint8)
-    start = 0
-    for batch in iter_batches(prepared.paths(split), BATCH):
-        images[start : start + len(batch)] = batch.images
+    ids, labels = (np.empty(prepared.shape(split)[0], np.int64) for _ in range(2))
+    images, start = np.empty(prepared.shape(split), np.uint8), 0
+    for batch in iter_batches(prepared.files(split), BATCH):
+        here = slice(start, start + len(batch))
+        ids[here], labels[here], images[here] = batch.ids, batch.labels, batch.images
         start += len(batch)
     return ImageSet(ids, labels, images)
-
-
-def load_labels(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels of a split, both int64 [N]."""
-    ids, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for location in prepared.paths(split):
-        with open_shard(location) as shard:
-            table = shard.read(columns=["id", "label"])
-            ids.append(table["id"].to_numpy())
-            labels.append(table["label"].to_numpy())
-    return np.concatenate(ids), np.concatenate(labels)

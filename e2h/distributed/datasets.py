@@ -20,7 +20,7 @@ from e2h.curriculum.run import Run
 from e2h.curriculum.synthesis import Synthesizer
 from e2h.data.prepare import ShardStats, prepare_shard
 from e2h.data.records import Source
-from e2h.data.storage import Prepared
+from e2h.data.storage import Prepared, PreparedFile
 from e2h.distributed.console import Tell
 from e2h.distributed.failures import refusal
 from e2h.errors import InputError
@@ -60,9 +60,9 @@ def query_sums(run: Run, prepared: Prepared, query: Query, stage: str, domain: s
 
     # By default on any node, although the caller may be a trial of Tune, whose own resources have no processor.
     @ray.remote(num_cpus=1, max_retries=TASK_RETRIES, scheduling_strategy="DEFAULT")
-    def partial_sums(paths: list[str]) -> Row:
+    def partial_sums(files: list[PreparedFile]) -> Row:
         # The secret is resolved where it is used: it never enters the object store.
-        return _refusing(lambda: file_sums(paths, query, mask_key(run, stage, domain)))
+        return _refusing(lambda: file_sums(files, query, mask_key(run, stage, domain)))
 
     total, num_records, shares = query.zero_sums(), 0, _shares(prepared)
     for done, (part, count) in enumerate(_answers(partial_sums, shares), 1):
@@ -74,11 +74,11 @@ def query_sums(run: Run, prepared: Prepared, query: Query, stage: str, domain: s
     return total
 
 
-def _shares(prepared: Prepared) -> list[list[str]]:
+def _shares(prepared: Prepared) -> list[list[PreparedFile]]:
     """The training files, in shares small enough for all processors and for a lost task to cost seconds."""
-    paths = prepared.paths("train")
+    files = prepared.files("train")
     num_shares = max(TASKS_PER_CPU * _num_cpus(), prepared.manifest.num_train // TASK_RECORDS)
-    return [list(share) for share in np.array_split(np.array(paths, dtype=object), min(num_shares, len(paths)))]
+    return [list(share) for share in np.array_split(np.array(files, dtype=object), min(num_shares, len(files)))]
 
 
 def _answers(task: Any, arguments: list[Any]) -> Iterator[Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from e2h.config import Config
 from e2h.curriculum.listing import listed, public_records
-from e2h.curriculum.run import Run, check_binding
+from e2h.curriculum.notes import check_binding
+from e2h.curriculum.run import Run
 from e2h.curriculum.search import candidates
 from e2h.curriculum.search_plan import SearchPlan, plan_search, price_list
 from e2h.data.filesystem import write_bytes

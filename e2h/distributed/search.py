@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,6 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from e2h.binding import digest
 from e2h.curriculum.run import Run
 from e2h.curriculum.search import (
-    RUNGS,
     Trial,
     Values,
     accounted,
@@ -49,11 +49,10 @@ from e2h.distributed.console import say, show_plan, working
 from e2h.distributed.easy import release_easy_stage
 from e2h.distributed.stages import calibrate
 from e2h.distributed.stand_in import as_on, prepare_stand_in, stand_in_data
-from e2h.distributed.trials import RESULT, adopt, adopted, run_trial
+from e2h.distributed.trials import RESULT, adopt, adopt_settings, adopted, run_trial, values_and_scores
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.keys import derive_key
 from e2h.privacy.plan import PrivacyPlan, make_plan
-from e2h.privacy.scores import Score
 from e2h.reporting.facts import read_json
 from e2h.reporting.metrics import MetricWriter
 
@@ -68,18 +67,20 @@ def search_trials(run: Run, prepared: Prepared) -> Run:
     Raises:
       BudgetError: if the budget does not reach, or the secret number of trials is 0 (Poisson).
     """
+    search = run.config.search
+    if search.privacy != "proxy" and (run.root / RESULT).exists():
+        _read_or_make_plan(run, prepared)  # the stages that follow read it
     if (known := adopted(run)) is not None:
         _say_best(known)
         return known
-    search = run.config.search
     check_capacity(replace(run.config.scaling, num_workers=search.concurrent_trials * run.config.scaling.num_workers))
     plan_of_trial = (_open_proxy if search.privacy == "proxy" else _open_budget)(run, prepared)
     make_trial = _trial_maker(run, plan_of_trial)
     trials = _run_adaptive(run, make_trial) if search.sampler == "optuna" else _run_fixed(run, make_trial)
     scores = [(trial, score) for trial in trials if (score := read_score(score_path(store(run.root) / trial.name)))]
     trial, score = best(scores, score_kind(search))
-    told = {} if search.privacy == "selection" else {"trials": [_told(run, one) for one in trials]}
-    winner = adopt(run, trial, score, told) if search.privacy != "proxy" else _go_on(run, trial, score, told)
+    told = {} if search.privacy == "selection" else {"trials": [values_and_scores(run, one) for one in trials]}
+    winner = adopt(run, trial, score, told) if search.privacy != "proxy" else adopt_settings(run, trial, score, told)
     _show(winner, told)
     _say_best(winner)
     return adopted(run) or winner
@@ -111,15 +112,24 @@ def _refuse_lost_trials(run: Run) -> None:
 
 
 def _read_or_make_plan(run: Run, prepared: Prepared) -> SearchPlan:
-    path, facts = store(run.root) / "plan.json", prepared.manifest
-    if run.ledger.budget() is None or not path.exists():
-        drawn = [] if run.config.search.privacy == "selection" else _drawn(run, int(run.config.search.expected_trials))
-        made = plan_search(run.config, facts.num_listed_train, facts.class_names, drawn)
-        whole = replace(made, whole=run.shared_plan(made.whole))
-        store(run.root).mkdir(exist_ok=True, mode=0o700)
-        write_bytes(run.root / "plan.json", json.dumps(whole.to_json(run.config), indent=2).encode())
-        write_bytes(path, json.dumps(whole.trials_json(), indent=2).encode())
-    return SearchPlan.read(read_json(run.root / "plan.json"), read_json(path))
+    """The plan of a search; where it can't be read any more it is made again, the same one, as the ledger checks."""
+    if run.ledger.budget() is not None:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            return _read_plan(run)
+    facts = prepared.manifest
+    drawn = [] if run.config.search.privacy == "selection" else _drawn(run, int(run.config.search.expected_trials))
+    made = plan_search(run.config, facts.num_listed_train, facts.class_names, drawn)
+    whole = replace(made, whole=run.shared_plan(made.whole))
+    store(run.root).mkdir(exist_ok=True, mode=0o700)
+    write_bytes(run.root / "plan.json", json.dumps(whole.to_json(run.config), indent=2).encode())
+    write_bytes(store(run.root) / "plan.json", json.dumps(whole.trials_json(), indent=2).encode())
+    return _read_plan(run)
+
+
+def _read_plan(run: Run) -> SearchPlan:
+    finished = (run.root / RESULT).exists()  # then nobody asks for the trials, and they may be gone
+    trials = {"shared": [], "trials": []} if finished else read_json(store(run.root) / "plan.json")
+    return SearchPlan.read(read_json(run.root / "plan.json"), trials)
 
 
 def _open_proxy(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan]:
@@ -175,8 +185,8 @@ def _run_fixed(run: Run, make_trial: Callable[[str, Values], Trial]) -> list[Tri
         run_trial(run, trials[point["trial"]], _report if search.scheduler == "asha" else lambda share, score: None)
 
     _fit(run, train, {"trial": tune.grid_search(list(range(number)))}, 1, None)
-    # After a signal Tune returns as if all were well. The best of those that had finished by then is another mechanism
-    # than the one that was paid for. (ASHA, which stops trials too, is for searches that pay for each of them.)
+    # The best of those that had finished by then is another mechanism than the one that was paid for. (ASHA, which
+    # stops trials too, is for searches that pay for each of them.)
     if search.scheduler == "fifo" and not all(score_path(store(run.root) / one.name).exists() for one in trials):
         raise RuntimeError("the search was stopped before every trial had its score; the same command goes on")
     return trials
@@ -221,6 +231,14 @@ def _report(share: float, score: float) -> None:
     tune.report({"score": score, "ninths": round(share * NINTHS)})
 
 
+class _EndAtSignal(tune.Callback):
+    """At SIGUSR1 Tune returns as if all trials had run; so it ends the process, and the same command goes on."""
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Tune calls it once it has taken the signal for itself."""
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def _fit(
     run: Run, train: Callable[[dict[str, Any]], None], choices: dict[str, Any], number: int, algorithm: Any
 ) -> None:
@@ -246,6 +264,7 @@ def _fit(
             name="trials",
             storage_path=str(storage),
             failure_config=tune.FailureConfig(max_failures=run.config.scaling.max_failures),
+            callbacks=[_EndAtSignal()],
             verbose=0,
         ),
     )
@@ -257,23 +276,6 @@ def _fit(
         remove(storage)
     for error in results.errors:
         raise error
-
-
-def _told(run: Run, trial: Trial) -> dict[str, Any]:
-    """What may be said of a trial that all are charged for, or that read public images."""
-    shares = RUNGS[run.config.search.scheduler]
-    scores = {f"{share:.3f}": read_score(score_path(store(run.root) / trial.name, share)) for share in shares}
-    return {"values": trial.values, "scores": {share: one.value for share, one in scores.items() if one}}
-
-
-def _go_on(run: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:
-    """The run of the best settings: those alone are taken from the trials."""
-    result = {"values": trial.values, "score": score.to_json(), **told}
-    winner = replace(run, config=with_values(run.config, trial.values))
-    if run.config.search.proxy.source == "central":
-        winner.mark_done("central")  # released, and paid for, before the search; no searched setting changes them
-    write_bytes(run.root / RESULT, json.dumps(result, indent=2).encode())
-    return winner
 
 
 def _show(run: Run, told: dict[str, Any]) -> None:

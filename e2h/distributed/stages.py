@@ -14,7 +14,7 @@ from e2h.config import expect
 from e2h.curriculum import stages
 from e2h.curriculum.run import Run
 from e2h.curriculum.stages import forget_images_of_other_weights, read_or_make_plan
-from e2h.curriculum.synthesis import choose_average, image_labels, num_shards, write_synthetic_grid
+from e2h.curriculum.synthesis import choose_average, image_labels, num_shards, synthesized, write_synthetic_grid
 from e2h.data.remote import Place
 from e2h.data.storage import Prepared, open_prepared
 from e2h.distributed import datasets
@@ -75,7 +75,7 @@ def sample(run: Run) -> None:
     expect(run.weights.exists(), "run.name", run.root.name, "a trained run", "run the train job first")
     facts = open_prepared(run.prepared).manifest
     labels = image_labels(run.config.sampling, len(facts.class_names))
-    if not run.done("sample"):
+    if not synthesized(run):
         with working("sample") as tell:
             await_nodes(run.config.scaling, run.root)
             settle_weights(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -100,6 +101,13 @@ def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
     return noisy_accuracy(predict, prepared.blocks("train"), trial.plan.num_records, release, key)
 
 
+def values_and_scores(search: Run, trial: Trial) -> dict[str, Any]:
+    """What may be said of a trial that all are charged for, or that read public images."""
+    shares = RUNGS[search.config.search.scheduler]
+    scores = {f"{share:.3f}": read_score(score_path(store(search.root) / trial.name, share)) for share in shares}
+    return {"values": trial.values, "scores": {share: one.value for share, one in scores.items() if one}}
+
+
 def adopt(search: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:
     """Makes the best trial the run: its files are copied, and `search.json` says that all of them are there.
 
@@ -115,6 +123,16 @@ def adopt(search: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:
     _take_rows(source, run)
     for stage in ("train", *run.config.curriculum):
         run.mark_done(stage)
+    result = {"values": trial.values, "score": score.to_json(), **told}
+    write_bytes(run.root / RESULT, json.dumps(result, indent=2).encode())
+    return run
+
+
+def adopt_settings(search: Run, trial: Trial, score: Score, told: dict[str, Any]) -> Run:
+    """Makes the best trial's settings the run's: those alone are taken from it."""
+    run = replace(search, config=with_values(search.config, trial.values))
+    if search.config.search.proxy.source == "central":
+        run.mark_done("central")  # released, and paid for, before the search; no searched setting changes them
     result = {"values": trial.values, "score": score.to_json(), **told}
     write_bytes(run.root / RESULT, json.dumps(result, indent=2).encode())
     return run
@@ -141,7 +159,13 @@ def _take_rows(source: Place, run: Run) -> None:
     """Of a trial's metrics those that may be released."""
     path = source / "metrics.jsonl"
     rows = path.read_bytes().splitlines() if path.exists() else []
-    kept = [row for row in rows if row.strip() and json.loads(row)["class"] == "releasable"]
+    kept = [row for row in rows if _releasable(row)]
     before = run.root / "metrics.jsonl"
     shared = [row for row in (before.read_bytes().splitlines() if before.exists() else []) if row not in kept]
     write_bytes(before, b"".join(row + b"\n" for row in [*shared, *kept]))
+
+
+def _releasable(row: bytes) -> bool:
+    with suppress(ValueError, KeyError, TypeError):  # torn on a full disk
+        return bool(json.loads(row)["class"] == "releasable")
+    return False

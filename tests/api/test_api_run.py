@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -106,7 +107,8 @@ def test_an_alien_checkpoint_is_refused_and_not_executed(settings, tmp_path):
             return os.system, (f"touch {witness}",)
 
     (newest,) = (Path(str(settings["run.storage"])) / "alien" / "checkpoints").glob("finetune-*.pt")
-    newest.write_bytes(pickle.dumps(Evil()))
+    content = pickle.dumps(Evil())
+    newest.write_bytes(content + hashlib.sha256(content).digest())  # as if e2h had written it
     with pytest.raises(InputError, match=newest.name):
         run(settings)
     assert not witness.exists()

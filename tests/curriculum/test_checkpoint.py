@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import pickle
 import random
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from e2h.curriculum import checkpoint as checkpoint_module
-from e2h.curriculum.checkpoint import Checkpoints
+from e2h.curriculum.checkpoint import DIGEST_BYTES, FORMAT, Checkpoints
 from e2h.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -23,6 +25,11 @@ STATE = {"network": {"weight": torch.arange(6.0).reshape(2, 3)}, "step": 3, "nam
 @pytest.fixture
 def checkpoints(tmp_path) -> Checkpoints:
     return Checkpoints(tmp_path / "checkpoints", "this run")
+
+
+def seal(path, content: bytes) -> None:
+    """As if e2h had written it."""
+    path.write_bytes(content + hashlib.sha256(content).digest())
 
 
 def only_file(checkpoints: Checkpoints):
@@ -150,12 +157,32 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(checkpoints):
             # Half of the time in the part that says how to build the objects.
             place = chance.randrange(start, start + 400) if attempt % 2 else chance.randrange(len(whole))
             damaged[place] = chance.randrange(256)
-        path.write_bytes(damaged)
+        seal(path, bytes(damaged[:-DIGEST_BYTES]))
         try:
             checkpoints.latest("finetune")
         except InputError:
             refused += 1
     assert refused > 1000
+
+
+def test_a_checkpoint_with_another_number_in_it_is_refused(checkpoints):
+    """torch reads a changed bit of a tensor without a word, and paid steps would be made again from other weights."""
+    checkpoints.save("finetune", 5, STATE)
+    path = only_file(checkpoints)
+    written = path.read_bytes()
+    place = written.index(STATE["network"]["weight"].numpy().tobytes()) + 6  # of the second number
+    path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+    with pytest.raises(InputError, match=f"{path}: expected a checkpoint that e2h wrote"):
+        checkpoints.latest("finetune")
+    path.write_bytes(written)
+    assert checkpoints.latest("finetune")[0] == 5
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(checkpoints):
+    left = checkpoints.folder / ".finetune-00000005.pt.0123456789abcdef.tmp"
+    left.write_bytes(b"half")
+    checkpoints.save("finetune", 7, STATE)
+    assert only_file(checkpoints).name == "finetune-00000007.pt"
 
 
 class Hostile:
@@ -173,15 +200,17 @@ def write_pickle(content, path):
 
 
 @pytest.mark.parametrize("write", [torch.save, write_pickle], ids=["torch", "pickle"])
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"format": "e2h-checkpoint-1", "state": x}])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"format": FORMAT, "state": x}])
 def test_a_file_that_would_execute_code_is_refused_and_executes_nothing(checkpoints, tmp_path, write, wrap):
     marker, path = tmp_path / "executed", checkpoints.folder / "finetune-00000009.pt"
     write(wrap(Hostile(marker)), path)
+    written = path.read_bytes()
+    seal(path, written)
     with pytest.raises(InputError, match="it can't be read safely"):
         checkpoints.latest("finetune")
     assert not marker.exists()
     # The file is dangerous indeed.
-    torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
+    torch.load(io.BytesIO(written), weights_only=False) if write is torch.save else pickle.loads(written)
     assert marker.exists()
 
 
@@ -191,13 +220,15 @@ def test_a_file_that_would_execute_code_is_refused_and_executes_nothing(checkpoi
         torch.zeros(3),
         {"network": torch.zeros(3)},
         {"format": "another/1", "binding": "this run", "step": 3, "state": {}},
-        {"format": "e2h-checkpoint-1"},
-        {"format": "e2h-checkpoint-1", "binding": "this run"},
+        {"format": FORMAT},
+        {"format": FORMAT, "binding": "this run"},
         [],
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused(checkpoints, content):
-    torch.save(content, checkpoints.folder / "finetune-00000009.pt")
+    path = checkpoints.folder / "finetune-00000009.pt"
+    torch.save(content, path)
+    seal(path, path.read_bytes())
     with pytest.raises(InputError, match="expected a checkpoint that e2h wrote"):
         checkpoints.latest("finetune")
 

@@ -204,7 +204,12 @@ def test_a_stage_is_done_for_the_configuration_that_did_it(tmp_path):
         assert not run.done("prepare")
         run.prepared.mkdir()
         run.mark_done("prepare")
+        assert not run.done("prepare")  # what it made is gone
+        (run.prepared / "meta.json").touch()
         assert run.done("prepare")
         assert not run.done("central")
         assert Run(run.root, replace(run.config, scaling=replace(run.config.scaling, num_workers=9))).done("prepare")
         assert not Run(run.root, replace(run.config, seed=1)).done("prepare")
+        for damaged in ("", "{", "[]", "{}"):
+            (run.prepared / "_SUCCESS.json").write_text(damaged)
+            assert not run.done("prepare")

@@ -80,6 +80,34 @@ def test_a_run_that_forgot_its_charges_holds_anew(tmp_path, how):
         charged(config)
 
 
+def test_a_run_charged_to_its_end_holds_once_although_its_key_is_deleted(tmp_path):
+    """As the guide says to, after the last call; publishing again must not cost the data set another plan."""
+    config = sharing(tmp_path, "one", epsilon(PLANNED, 1e-4).epsilon)
+    charged(config)
+    with open_run(config) as run:
+        run.ledger.spend("finetune", PLANNED[0].event, "ab" * 32, 1, 20)
+    (tmp_path / ".secrets" / "one.key").unlink()
+    with open_run(config) as run:
+        run.open_budget(BUDGET)
+        assert len(run.dataset_ledger.chain.read()) == 2
+
+
+@pytest.mark.parametrize("scope", ["run", "dataset"])
+def test_a_begun_run_whose_key_is_lost_is_refused_and_gets_no_other(tmp_path, scope):
+    config = sharing(tmp_path, "one")
+    config.ledger.scope = scope
+    charged(config)
+    key = tmp_path / ".secrets" / "one.key"
+    kept = key.read_bytes()
+    key.unlink()
+    with pytest.raises(InputError, match=r"one\.key: expected the secret that this run began with.*run\.name=one-2"):
+        charged(config)
+    assert not key.exists()
+    key.write_bytes(kept)
+    key.chmod(0o600)
+    charged(config)
+
+
 def test_a_plan_says_what_all_runs_hold_and_looking_writes_nothing(tmp_path):
     limit = epsilon([*PLANNED, *PLANNED], 1e-4).epsilon
     charged(sharing(tmp_path, "one", limit))

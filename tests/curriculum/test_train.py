@@ -13,6 +13,7 @@ from small_runs import Killed, prepare, small_config
 
 from e2h.curriculum import learner as learner_module
 from e2h.curriculum import machine
+from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.run import open_run
 from e2h.curriculum.train import fitting_unit, new_network, train, weights_digest
 from e2h.curriculum.workers import Workers
@@ -90,10 +91,11 @@ def test_other_starting_weights_are_another_domain(tmp_path):
     with pytest.raises(Killed):
         trained(tmp_path, ("finetune", 1))
     with open_run(small_config(tmp_path)) as run:
-        (checkpoint,) = run.checkpoints.glob("warmup-*.pt")
-        content = torch.load(checkpoint, weights_only=True)
-        content["state"]["network"]["conv_out.bias"] += 1e-3
-        torch.save(content, checkpoint)
+        checkpoints = Checkpoints(run.checkpoints, run.training_binding)
+        step, state = checkpoints.latest("warmup")
+        state["network"]["conv_out.bias"] += 1e-3
+        checkpoints.save("warmup", step, state)
+        checkpoints.wait()
         before = run.ledger.charged()
     # The plan has these steps once: over another warm-up they would be drawn, and paid, a second time.
     with pytest.raises(

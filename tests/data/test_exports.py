@@ -70,6 +70,15 @@ def test_reading_nothing_or_unequal_images(tmp_path: Path, images: np.ndarray, l
         read_hf_parquet([tmp_path / "a.parquet", tmp_path / "b.parquet"])
 
 
+@pytest.mark.parametrize("length", [0, 10, -5])
+def test_a_cut_file_is_refused_by_name(tmp_path: Path, images: np.ndarray, labels: np.ndarray, length: int) -> None:
+    path = tmp_path / "images.parquet"
+    write_hf_parquet(path, images, labels, NAMES)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(InputError, match=f"file={path}: expected the bytes that were written; delete it"):
+        read_hf_parquet([path])
+
+
 def test_image_folder(tmp_path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     write_image_folder(tmp_path / "out", images, labels, NAMES)
     assert {path.name: len(list(path.iterdir())) for path in (tmp_path / "out").iterdir()} == {

@@ -58,7 +58,7 @@ def test_a_shard_is_written_a_few_rows_at_a_time(pets: DataConfig, tmp_path: Pat
     whole = prepare(pets, tmp_path / "a")
     monkeypatch.setattr(storage, "ROW_GROUP_BYTES", 4 * 8 * 8 * 3)
     assert prepare(pets, tmp_path / "b") == whole  # digests of rows, hence the same rows
-    for path in open_prepared(tmp_path / "b").paths("train"):
+    for path in (one.name for one in open_prepared(tmp_path / "b").files("train")):
         facts = pq.ParquetFile(path).metadata
         groups = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
         assert groups[:-1] == [4] * (len(groups) - 1)

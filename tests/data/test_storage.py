@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -27,7 +29,7 @@ def prepared(tmp_path: Path, prepare, write_idx) -> Prepared:
 
 
 def test_schema_names_the_shape(prepared: Prepared) -> None:
-    schema = pq.read_schema(prepared.paths("train")[0])
+    schema = pq.read_schema(prepared.files("train")[0].name)
     assert [(field.name, str(field.type)) for field in schema] == [
         ("id", "int64"),
         ("label", "int32"),
@@ -44,7 +46,7 @@ def test_schema_names_the_shape(prepared: Prepared) -> None:
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 100])
 def test_batches_are_the_split_in_order(prepared: Prepared, batch_size: int) -> None:
     whole = load_split(prepared, "train")
-    batches = list(iter_batches(prepared.paths("train"), batch_size))
+    batches = list(iter_batches(prepared.files("train"), batch_size))
     assert max(len(batch) for batch in batches) <= batch_size
     for name in ("ids", "labels", "images"):
         np.testing.assert_array_equal(np.concatenate([getattr(batch, name) for batch in batches]), getattr(whole, name))
@@ -64,11 +66,11 @@ def read_outcome(prepared: Prepared, whole: list[bytes]) -> str:
     try:
         return "same" if content(prepared) == whole else "other records"
     except InputError as error:
-        return "refused" if f"file={prepared.paths('train')[0]}: expected the bytes" in str(error) else str(error)
+        return "refused" if f"file={prepared.files('train')[0].name}: expected the bytes" in str(error) else str(error)
 
 
 def test_a_changed_bit_in_an_image_is_refused(prepared: Prepared) -> None:
-    whole, path = content(prepared), Path(prepared.paths("train")[0])
+    whole, path = content(prepared), Path(prepared.files("train")[0].name)
     written, images = path.read_bytes(), pq.read_metadata(path).row_group(0).column(2)
     end = images.data_page_offset + images.total_compressed_size
     assert images.total_compressed_size > 500
@@ -81,9 +83,32 @@ def test_a_changed_bit_in_an_image_is_refused(prepared: Prepared) -> None:
 
 @pytest.mark.parametrize("length", [0, 3, 100, -9, -1])
 def test_a_cut_file_is_refused_by_name(prepared: Prepared, length: int) -> None:
-    path = Path(prepared.paths("train")[0])
+    path = Path(prepared.files("train")[0].name)
     path.write_bytes(path.read_bytes()[:length])
     assert read_outcome(prepared, []) == "refused"
+
+
+@pytest.mark.parametrize("read", ["load", "map", "batches"])
+@pytest.mark.parametrize("column", ["label", "image", "id"])
+def test_a_shard_that_was_written_again_with_other_rows_is_refused(prepared, tmp_path, read, column) -> None:
+    """Whole Parquet of the right shape; noise is named by the digest of the rows that were prepared."""
+    name = prepared.files("train")[1].name
+    table = pq.read_table(name)
+    values, kind = table[column].to_pylist(), table.schema.field(column).type
+    values[3] = bytes(64) if column == "image" else values[3] + 1
+    pq.write_table(
+        table.set_column(table.schema.get_field_index(column), table.schema.field(column), [pa.array(values, kind)]),
+        name,
+    )
+    assert pq.read_table(name).schema.field(column).type == kind
+    readers = {
+        "load": lambda: load_split(prepared, "train"),
+        "map": lambda: map_split(prepared, "train", tmp_path / "cache"),
+        "batches": lambda: list(prepared.blocks("train", 5)),
+    }
+    with pytest.raises(InputError, match=f"file={name}: expected the bytes that were written"):
+        readers[read]()
+    assert not (tmp_path / "cache").exists() or visible(tmp_path / "cache") == []
 
 
 def test_dtypes_and_shapes(prepared: Prepared) -> None:
@@ -101,7 +126,7 @@ def test_map_equals_load_and_is_read_only(prepared: Prepared, tmp_path: Path) ->
         with pytest.raises(ValueError, match="read-only"):
             mapped.images[0] = 0
     files = visible(tmp_path / "cache")
-    assert len(files) == 2
+    assert len(files) == 4  # of each split its images, and its ids with labels
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
     assert all(prepared.manifest.digest[:32] in path.name for path in files)
@@ -109,22 +134,22 @@ def test_map_equals_load_and_is_read_only(prepared: Prepared, tmp_path: Path) ->
 
 def test_map_is_written_once(prepared: Prepared, tmp_path: Path) -> None:
     map_split(prepared, "train", tmp_path / "cache")
-    (path,) = visible(tmp_path / "cache")
-    before = path.stat().st_ino, path.stat().st_mtime_ns
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in visible(tmp_path / "cache")}
     map_split(prepared, "train", tmp_path / "cache")
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in visible(tmp_path / "cache")} == before
 
 
 def test_map_that_does_not_fit_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    map_split(prepared, "train", tmp_path / "cache")
-    (path,) = visible(tmp_path / "cache")
-    with path.open("wb") as file:
-        np.save(file, np.zeros((70, 4, 4, 1), dtype=np.uint8))
-    with pytest.raises(InputError, match="delete it"):
-        map_split(prepared, "train", tmp_path / "cache")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match="delete it"):
-        map_split(prepared, "train", tmp_path / "cache")
+    whole = map_split(prepared, "train", tmp_path / "cache")
+    for path in visible(tmp_path / "cache"):
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros((70, 4, 4, 1), dtype=np.uint8))
+        for content in (buffer.getvalue(), buffer.getvalue()[:200], b""):
+            path.write_bytes(content)
+            with pytest.raises(InputError, match=f"file={path}: expected .*delete it"):
+                map_split(prepared, "train", tmp_path / "cache")
+        path.unlink()
+        np.testing.assert_array_equal(map_split(prepared, "train", tmp_path / "cache").images, whole.images)
 
 
 # Notes each time that it writes the file.
@@ -133,10 +158,10 @@ import os, sys
 from e2h.data import mapping
 from e2h.data.storage import open_prepared
 write = mapping._write_npy
-def noted(path, prepared, split):
+def noted(path, *others):
     with open(sys.argv[3], "a") as notes:
         notes.write(f"{path.parent.name}\\n")
-    write(path, prepared, split)
+    write(path, *others)
 mapping._write_npy = noted
 prepared = open_prepared(sys.argv[1])
 print({int(mapping.map_split(prepared, "train", f"{sys.argv[2]}/{turn}").images.sum()) for turn in range(20)})
@@ -150,7 +175,7 @@ def test_one_of_several_processes_writes_the_map_and_all_have_it(prepared: Prepa
     total = int(load_split(prepared, "train").images.sum())
     assert [process.communicate()[0].strip() for process in processes] == [f"{{{total}}}"] * 3
     assert sorted(notes.read_text().split(), key=int) == [str(turn) for turn in range(20)]
-    assert all(len(visible(tmp_path / "cache" / str(turn))) == 1 for turn in range(20))
+    assert all(len(visible(tmp_path / "cache" / str(turn))) == 2 for turn in range(20))
 
 
 def visible(folder: Path) -> list[Path]:
@@ -193,7 +218,7 @@ def test_a_disk_without_room_for_the_map_is_refused(prepared: Prepared, tmp_path
 def test_empty_split(tmp_path: Path, prepare) -> None:
     prepare(DataConfig(test_fraction=0.0), tmp_path / "prepared")
     prepared = open_prepared(tmp_path / "prepared")
-    assert prepared.paths("test") == []
+    assert prepared.files("test") == []
     for rows in (load_split(prepared, "test"), map_split(prepared, "test", tmp_path / "cache")):
         assert rows.images.shape == (0, 8, 8, 1)
         assert len(rows) == 0

@@ -68,7 +68,7 @@ def in_this_process(run: Run, prepared: Prepared) -> np.ndarray:
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 15])
 def test_any_split_into_tasks_gives_the_same_sums(run, prepared, monkeypatch, num_tasks):
-    shares = [list(share) for share in np.array_split(prepared.paths("train"), num_tasks)]
+    shares = [list(share) for share in np.array_split(np.array(prepared.files("train"), object), num_tasks)]
     monkeypatch.setattr(datasets, "_shares", lambda prepared: shares)
     assert (datasets.query_sums(run, prepared, query(), "central", "d") == in_this_process(run, prepared)).all()
     assert (datasets.query_sums(run, prepared, query(), "central", "e") != in_this_process(run, prepared)).any()
@@ -80,7 +80,7 @@ def test_every_file_is_in_one_task(prepared, monkeypatch, num_cpus, task_records
     monkeypatch.setattr(datasets, "TASK_RECORDS", task_records)
     shares = datasets._shares(prepared)
     assert len(shares) == num_tasks
-    assert [path for share in shares for path in share] == prepared.paths("train")
+    assert [file for share in shares for file in share] == prepared.files("train")
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,11 @@ class Dying(CentralQuery):
 
 
 def test_tasks_that_die_run_again_and_count_once(run, prepared, tmp_path, monkeypatch):
-    paths = prepared.paths("train")
-    monkeypatch.setattr(datasets, "_shares", lambda prepared: [paths[:8], paths[8:]])
-    at = tuple(int(read_ids(paths[index])[0]) for index in (5, 14))  # in the middle of one, at the end of the other
+    files = prepared.files("train")
+    monkeypatch.setattr(datasets, "_shares", lambda prepared: [files[:8], files[8:]])
+    at = tuple(
+        int(read_ids(files[index].name)[0]) for index in (5, 14)
+    )  # in the middle of one, at the end of the other
     found = datasets.query_sums(run, prepared, query(Dying, folder=str(tmp_path), at=at), "central", "d")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, at))
     assert (found == in_this_process(run, prepared)).all()

@@ -8,7 +8,7 @@ import pytest
 from e2h import results as stages
 from e2h.config import Config, DataConfig, EvaluationConfig, SamplingConfig
 from e2h.curriculum.run import Run
-from e2h.curriculum.synthesis import shard_path
+from e2h.curriculum.synthesis import shard_path, synthesized
 from e2h.data.exports import write_hf_parquet
 from e2h.data.prepare import finish_prepared, prepare_shard
 from e2h.data.sources import open_source
@@ -44,10 +44,10 @@ def run(tmp_path_factory) -> Run:
 def test_real_images_are_spread_over_the_set_and_few_files_opened(run, monkeypatch, count, block):
     prepared, opened, original = open_prepared(run.prepared), [], stages.iter_batches
 
-    def watched(paths, size):
-        for path in paths:
-            opened.append(path)
-            yield from original([path], size)
+    def watched(files, size):
+        for file in files:
+            opened.append(file)
+            yield from original([file], size)
 
     monkeypatch.setattr(stages, "iter_batches", watched)
     monkeypatch.setattr(stages, "EVALUATED_AT_ONCE", block)
@@ -56,14 +56,14 @@ def test_real_images_are_spread_over_the_set_and_few_files_opened(run, monkeypat
     places = np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)
     np.testing.assert_array_equal(images, whole.images[places])
     np.testing.assert_array_equal(labels, whole.labels[places])
-    assert len(opened) == len(prepared.paths("train"))
+    assert len(opened) == len(prepared.files("train"))
     opened.clear()
     monkeypatch.setattr(stages, "EVALUATED_FILES", 2)
     images, labels = stages.some_images(prepared, count)
     assert len(images) == len(labels) == min(count, len(whole))
-    rows = len(whole) / len(prepared.paths("train"))
+    rows = len(whole) / len(prepared.files("train"))
     assert len(opened) <= max(2, count // rows + 2)
-    assert {opened[0], opened[-1]} == {prepared.paths("train")[0], prepared.paths("train")[-1]}
+    assert {opened[0], opened[-1]} == {prepared.files("train")[0], prepared.files("train")[-1]}
 
 
 def spread(records, count):
@@ -97,3 +97,17 @@ def test_too_small_a_test_set_is_refused_before_any_training(run, monkeypatch):
     monkeypatch.setattr(stages, "measure", lambda *call: pytest.fail("trained"))
     with pytest.raises(InputError, match="data=1 test images: expected at least 2; hold more out"):
         stages._evaluate(run)
+
+
+@pytest.mark.parametrize("lost", ["the mark", "a part"])
+def test_images_that_are_not_all_there_are_not_evaluated(run, monkeypatch, lost):
+    """What is measured is kept: of a part of the images it would stand for all of them."""
+    monkeypatch.setattr(stages, "_evaluate", lambda run: pytest.fail("measured"))
+    if lost == "a part":
+        (run.synthetic / "grid.png").touch()
+        run.mark_done("sample")
+        assert synthesized(run)
+        shard_path(run.synthetic, 1).unlink()
+    with pytest.raises(InputError, match="expected all synthetic images; run the sample job first"):
+        stages.evaluate(run)
+    assert not run.evaluation.exists()

@@ -237,8 +237,8 @@ def test_ctrl_c_ends_in_seconds_with_one_line(tmp_path: Path) -> None:
     assert time.monotonic() - stopped < 60
 
 
-def _training_workers(driver: int) -> list[int]:
-    """Ray's processes that run the training function, below one driver."""
+def _training_workers(driver: int, title: str = "TrainWorker") -> list[int]:
+    """Ray's processes that run the training function, or another, below one driver."""
     table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in table.splitlines()[1:]]
     below, grown = {driver}, True
@@ -246,6 +246,6 @@ def _training_workers(driver: int) -> list[int]:
         more = {int(pid) for pid, parent, _ in rows if int(parent) in below} - below
         below |= more
         grown = bool(more)
-    found = [int(pid) for pid, _, args in rows if int(pid) in below and re.search("ray::.*TrainWorker", args)]
-    assert found, "no training worker below the driver"
+    found = [int(pid) for pid, _, args in rows if int(pid) in below and re.search(f"ray::.*{title}", args)]
+    assert found, f"no {title} below the driver"
     return found

@@ -1,17 +1,22 @@
-"""The rarer kinds of a search, whole: on the central images, with a Poisson number of trials, in a bucket."""
+"""The rarer kinds of a search, whole: on the central images, with a Poisson number of trials, in a bucket, stopped."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import boto3
 import pytest
 from job_calls import command, environment
-from test_pipeline import charged_steps
+from test_pipeline import _training_workers, charged_steps
 from test_search_job import OUTSIDE, PASSING, TINY, Search, secret_of
 
+from e2h.curriculum.lease import RENEWED_EVERY_S, STALE_AFTER_S
+from e2h.data.remote import place
 from e2h.reporting.check import check
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(2400)]
@@ -61,3 +66,49 @@ def test_a_search_in_a_bucket_leaves_nothing_there_but_the_best_trial(tmp_path: 
     assert not [name for name in names if name.startswith("trials/")]
     told = {name for name in names if not PASSING.fullmatch(name) and not name.startswith("ledger")}
     assert told <= OUTSIDE
+
+
+def test_a_trial_in_a_bucket_whose_driver_is_killed_goes_on_when_its_lease_is_stale(
+    tmp_path: Path, bucket: str
+) -> None:
+    settings = [*TINY, "search.privacy=compose", "search.expected_trials=1", f"run.storage={bucket}/runs", "run.name=r"]
+    with subprocess.Popen(
+        command("search", *settings),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        begun = place(f"{bucket}/runs/r/trials/trial-000/.lock")
+        while process.poll() is None and not begun.exists():
+            time.sleep(0.5)
+        (driver,) = _training_workers(process.pid, "ImplicitFunc")
+        os.kill(driver, signal.SIGKILL)
+        killed = time.monotonic()
+        out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, out + err
+    assert time.monotonic() - killed > STALE_AFTER_S - RENEWED_EVERY_S
+    assert place(f"{bucket}/runs/r/release/README.md").exists()
+
+
+def test_a_signal_ends_a_search_that_asha_cuts_short_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    settings = [*TINY, "search.privacy=compose", "search.scheduler=asha", "search.expected_trials=2"]
+    search = Search(tmp_path / "runs", *settings, "finetune.num_steps=9")
+
+    def scored() -> int:
+        return len(list(search.root.glob("trials/trial-*/score-*.json")))
+
+    stopped = "e2h: stopped; the same command goes on\n"
+    for sent, expected in ((signal.SIGINT, (130, stopped)), (signal.SIGUSR1, (-signal.SIGUSR1, ""))):
+        process, before = search.start(), scored()
+        search.until(process, lambda before=before: scored() > before)
+        os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)  # as a terminal does
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == expected
+        assert not (search.root / "search.json").exists()
+    process = search.start()
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, out + err
+    assert ["0.111" in one["scores"] for one in search.result()["trials"]] == [True, True]
+    assert charged_steps(search.root, "finetune") == list(range(2 * 9))
