@@ -125,3 +125,5 @@ def _quiet_data() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It shows the traceback and the number of a trial that is tried again; a selection keeps numbers to itself.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
