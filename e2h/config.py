@@ -7,6 +7,7 @@ This module imports neither torch nor ray nor hydra.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,6 +271,11 @@ def warmups(config: Config) -> dict[str, tuple[str, WarmupConfig]]:
     """What comes before DP-SGD, in order: (easy stage, settings), by its name in checkpoints and metrics."""
     settings = {"central": config.warmup, "frequency": config.frequency.warmup}
     return {name: (stage, settings[stage]) for name, stage in zip(WARMUPS, config.curriculum, strict=False)}
+
+
+def describe_record(class_names: Sequence[str]) -> str:
+    """What one record is, which the guarantee is for."""
+    return "one image with its label" if len(class_names) > 1 else "one image"
 
 
 NOT_PRIVATE = "NOT PRIVATE: made with a published secret (privacy.test_mode=true); anyone can subtract the noise"

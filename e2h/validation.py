@@ -195,9 +195,8 @@ def _validate_outputs(config: Config) -> None:
     expect(chosen, "sampling.ema_widths", sampling.ema_widths, "one width: without central images there is no choice")
     for width in sampling.ema_widths:
         expect(0 < width <= 0.25, "sampling.ema_widths", width, "relative widths in (0, 0.25]")
-    both = {"sampling.ema_widths": sampling.ema_widths, "finetune.ema_snapshots": config.finetune.ema_snapshots}
-    for name, value in both.items():
-        expect(not value or all(both.values()), name, value, f"none without {' and '.join(both.keys() - {name})}")
+    kept = not sampling.ema_widths or config.finetune.ema_snapshots > 0
+    expect(kept, "sampling.ema_widths", sampling.ema_widths, "none without finetune.ema_snapshots, averages to make of")
     fractions = sampling.class_fractions
     if fractions is not None:
         total_ok = min(fractions, default=-1) >= 0 and abs(sum(fractions) - 1) < 1e-6

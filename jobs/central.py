@@ -1,4 +1,9 @@
-"""The easy stages: noisy central images, or what else `curriculum` asks for."""
+"""The easy stages: noisy central images, or what else `curriculum` asks for.
+
+Give the settings of the whole run, the same to every stage; stages that are done are kept:
+
+python jobs/central.py data=image_folder data.path=FOLDER data.name=pets privacy.epsilon=4 privacy.delta=1e-6
+"""
 
 from entry import job
 

@@ -1,4 +1,9 @@
-"""Train on synthetic, test on real (sensitive); after sample.py."""
+"""Train on synthetic, test on real (sensitive); after sample.py.
+
+Give the settings of the whole run, the same to every stage; stages that are done are kept:
+
+python jobs/evaluate.py data=image_folder data.path=FOLDER data.name=pets privacy.epsilon=4 privacy.delta=1e-6
+"""
 
 from entry import job
 

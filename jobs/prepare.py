@@ -1,4 +1,9 @@
-"""Private images in any supported layout -> canonical shards (sensitive)."""
+"""Private images in any supported layout -> canonical shards (sensitive).
+
+Give the settings of the whole run, the same to every stage; stages that are done are kept:
+
+python jobs/prepare.py data=image_folder data.path=FOLDER data.name=pets privacy.epsilon=4 privacy.delta=1e-6
+"""
 
 from entry import job
 

@@ -1,4 +1,9 @@
-"""Synthetic images from the released weights; after train.py."""
+"""Synthetic images from the released weights; after train.py.
+
+Give the settings of the whole run, the same to every stage; stages that are done are kept:
+
+python jobs/sample.py data=image_folder data.path=FOLDER data.name=pets privacy.epsilon=4 privacy.delta=1e-6
+"""
 
 from entry import job
 

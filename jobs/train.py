@@ -1,4 +1,9 @@
-"""Warm-up on what the easy stages released, then DP-SGD."""
+"""Warm-up on what the easy stages released, then DP-SGD.
+
+Give the settings of the whole run, the same to every stage; stages that are done are kept:
+
+python jobs/train.py data=image_folder data.path=FOLDER data.name=pets privacy.epsilon=4 privacy.delta=1e-6
+"""
 
 from entry import job
 

@@ -144,7 +144,6 @@ NAN, INF = float("nan"), float("inf")
 REFUSED = [
     *(("privacy.epsilon", value) for value in (0.0, -1.0, NAN, INF, 101.0)),
     *(("seed", value) for value in (-1, 2**31)),
-    ("finetune.ema_snapshots", 4),  # without sampling.ema_widths nobody reads them
     *(("privacy.delta", value) for value in (0.0, 1.0, -1e-5, 1.5, NAN, 1e-11)),
     *(("data.source", value) for value in ("", "mnist")),
     ("data.channels", 2),

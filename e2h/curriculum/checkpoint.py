@@ -101,9 +101,12 @@ class Checkpoints:
             whole = path.read_bytes()
             written, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
             if hashlib.sha256(written).digest() != digest:
-                raise ValueError("other bytes than were written")
+                raise InputError(
+                    f"{path}: expected a checkpoint that e2h wrote, of this version; go on with the version that it is "
+                    "of, or remove it if it is damaged"
+                )
             content = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
-        except OSError:
+        except (OSError, InputError):
             raise
         except Exception as error:  # a damaged pickle fails in a dozen ways
             raise InputError(

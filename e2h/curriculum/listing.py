@@ -50,4 +50,7 @@ def doubts(config: Config) -> list[str]:
             f"model.attention_resolutions={model.attention_resolutions}: the network's levels have {sides} pixels, so "
             f"attention is in its middle alone; choose the model= made for data.image_size={config.data.image_size}"
         )
+    kept = config.finetune.ema_snapshots
+    if kept and not config.sampling.ema_widths:
+        found.append(f"finetune.ema_snapshots={kept}: nobody reads them without sampling.ema_widths")
     return found

@@ -111,7 +111,7 @@ class Run:
           BudgetError: if that exceeds the data set's budget.
         """
         shared = self.dataset_ledger
-        if shared is None:
+        if shared is None or self.charged_to_its_end():
             return plan
         return replace(plan, shared=shared.check(self._holder(), self.root.name, plan.releases))
 
@@ -272,17 +272,20 @@ def open_run(config: Config, common: Place | None = None) -> Iterator[Run]:
         yield run
 
 
+def _begun(run: Run) -> bool:
+    """Whether there is noise that the run would have to draw again."""
+    return witness_path(run.root).exists() and not run.weights.exists() and run.ledger.budget() is not None
+
+
 def _create_secret(run: Run) -> None:
     """Where the user named a file or a variable, it is his to make."""
-    given = run.config.privacy.secret
-    if given is None and not run.config.privacy.test_mode:
-        path = Path(run.secret_reference.removeprefix("file:"))
-        begun = witness_path(run.root).exists() and run.ledger.budget() is not None
-        if not path.exists() and begun and not run.charged_to_its_end():
+    given, path = run.config.privacy.secret, Path(run.secret_reference.removeprefix("file:"))
+    if given is None and not run.config.privacy.test_mode and not path.exists():
+        if _begun(run):
             raise InputError(
                 f"{path}: expected the secret that this run began with, for another one draws other noise; restore it, "
                 f"or choose a new name: run.name={run.root.name}-2"
             )
         create_secret(path)
-    elif given is not None and given.startswith("s3://"):
+    elif given is not None and given.startswith("s3://") and not _begun(run):
         create_secret_object(given)

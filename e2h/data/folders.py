@@ -57,7 +57,8 @@ def open_folder(data: DataConfig) -> Source:
 
 def _left_out(others: list[str]) -> Iterator[str]:
     if others:
-        endings = sorted({"." + name.rsplit(".", 1)[-1] if "." in name else "none" for name in others})
+        bases = [name.rpartition("/")[2] for name in others]
+        endings = sorted({"." + base.rpartition(".")[2] if "." in base else "none" for base in bases})
         shown = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
         yield f"files left out and not counted, for their endings ({shown}): {len(others)}, such as {others[0]}"
 

@@ -53,7 +53,7 @@ def _only_writer(path: Path) -> Iterator[None]:
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, filesystem.OWNER_ONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # the system gives it back when a process dies
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
+        for left in path.parent.glob(f".{path.stem}.*.tmp"):
             left.unlink()
         yield
     finally:

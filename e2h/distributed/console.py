@@ -17,7 +17,7 @@ from e2h.data.remote import Place
 from e2h.distributed.monitor import epsilon_after
 from e2h.distributed.progress import read_progress
 from e2h.privacy.events import Charge, Release
-from e2h.privacy.plan import PrivacyPlan
+from e2h.privacy.plan import PrivacyPlan, rounded_up
 
 POLL_S = 0.5
 LOG_LINE_EVERY_S = 15.0
@@ -46,14 +46,12 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], config: Config
       epsilons_alone: of the plan's releases.
       config: of a run; none for all trials of a search together.
     """
-    say(
-        "plan",
-        f"N {plan.num_records}, epsilon {plan.bound.epsilon:.4f} of {plan.target_epsilon:g} at delta {plan.delta:g}",
-    )
+    cost = f"epsilon {rounded_up(plan.bound.epsilon):.4f} of {plan.target_epsilon:g} at delta {plan.delta:g}"
+    say("plan", f"N {plan.num_records}, {cost}")
     print(f"{'':<10} {'release':<10}{'q':>9}{'steps':>8}{'noise':>10}{'epsilon alone':>15}")
     for release, alone in zip(plan.releases, epsilons_alone, strict=True):
-        print(f"{'':<10} {release.name:<10}{_mechanism(release)}{alone:>15.4f}")
-    print(f"{'':<10} RDP, mostly a looser bound, says {plan.bound.epsilon_rdp:.4f}", flush=True)
+        print(f"{'':<10} {release.name:<10}{_mechanism(release)}{rounded_up(alone):>15.4f}")
+    print(f"{'':<10} RDP, mostly a looser bound, says {rounded_up(plan.bound.epsilon_rdp):.4f}", flush=True)
     noise = planned_pixel_noise(config, plan) if config else None
     if noise is not None:
         print(f"{'':<10} noise of a pixel in the mean of a class's images: {noise:.3f}, where white is 1", flush=True)
@@ -182,7 +180,11 @@ class _Training:
         total, now = self.totals[stage], time.monotonic()
         first_step, first_time = self.first.setdefault(stage, (step, now))
         rate = (step - first_step) / (now - first_time) if step > first_step else 0.0
-        spent = f" eps {epsilon_after(self.schedule, step):.2f}/{self.target:.2f}" if stage == "finetune" else ""
+        spent = (
+            f" eps {rounded_up(epsilon_after(self.schedule, step), 2):.2f}/{self.target:.2f}"
+            if stage == "finetune"
+            else ""
+        )
         speed = f" {rate * self.batch[stage]:.0f} img/s eta {_duration((total - step) / rate)}" if rate else ""
         return f"{stage:<10} step {step}/{total} {step / total:.0%}{spent}{speed}"
 

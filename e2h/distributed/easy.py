@@ -39,5 +39,6 @@ def release_easy_stage(run: Run, prepared: Prepared, plan: PrivacyPlan, stage: s
 
 def _told(config: Config, stage: str) -> str:
     if stage == "central":
-        return f"{config.central.num_rounds} noisy {config.central.query} images a class released"
+        group = "a class" if config.central.class_conditional else "of all records"
+        return f"{config.central.num_rounds} noisy {config.central.query} images {group} released"
     return f"noisy mean embeddings released; {config.frequency.num_images} images from a generator fitted to them"

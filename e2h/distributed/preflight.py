@@ -17,7 +17,7 @@ from e2h.data.filesystem import write_bytes
 from e2h.data.records import Source
 from e2h.data.remote import Place
 from e2h.distributed.console import say, show_plan, warn
-from e2h.privacy.plan import PrivacyPlan, make_plan
+from e2h.privacy.plan import PrivacyPlan, make_plan, rounded_up
 
 
 def dry_run(config: Config, root: Place) -> PrivacyPlan:
@@ -84,7 +84,7 @@ def _plan_any(config: Config, num_records: int, class_names: Sequence[str]) -> S
 def _show_trial(facts: dict[str, Any]) -> None:
     noise, alone = facts["noise_multiplier_per_trial"], facts["epsilon_per_trial"]
     shown = f"{noise:.4f}" if isinstance(noise, float) else f"{noise[0]:.4f} to {noise[-1]:.4f}"
-    say("search", f"{facts['mode']}: one trial has noise {shown} and alone costs epsilon {alone:.4f}")
+    say("search", f"{facts['mode']}: one trial has noise {shown} and alone costs epsilon {rounded_up(alone):.4f}")
 
 
 def _show_prices(rows: list[dict[str, Any]]) -> None:

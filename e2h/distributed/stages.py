@@ -24,7 +24,7 @@ from e2h.distributed.nodes import on_any_node
 from e2h.distributed.progress import PROGRESS_FILE
 from e2h.distributed.training import train_on_workers
 from e2h.privacy.accounting import epsilon
-from e2h.privacy.plan import PrivacyPlan, read_plan
+from e2h.privacy.plan import PrivacyPlan, read_plan, rounded_up
 
 
 def prepare(run: Run) -> Prepared:
@@ -67,7 +67,8 @@ def train(run: Run, plan: PrivacyPlan) -> None:
         say("train", f"warm-up and {run.config.finetune.num_steps} DP-SGD steps done, this call {seconds:.0f} s")
         run.mark_done("train")
     spent = epsilon(run.ledger.charged(), plan.delta).epsilon
-    say("ledger", f"epsilon {spent:.4f} of {plan.target_epsilon:g} spent at delta {plan.delta:g}, all stages together")
+    cost = f"epsilon {rounded_up(spent):.4f} of {plan.target_epsilon:g}"
+    say("ledger", f"{cost} spent at delta {plan.delta:g}, all stages together")
 
 
 def sample(run: Run) -> None:
@@ -108,5 +109,6 @@ def publish(run: Run) -> Place:
     with working("publish"):
         release = results.publish(run)
     say("publish", f"to publish: {release}")
-    say("", f"for you alone: {run.root / 'report.html'}")
+    say("", f"before that: python -m e2h check {release}; choose a licence in its README.md")
+    say("", f"for you alone: {run.root / 'report.html'}; curves: tensorboard --logdir {run.root}/tb")
     return release

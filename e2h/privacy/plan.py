@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import e2h
-from e2h.config import Config, SearchConfig, expect
+from e2h.config import Config, SearchConfig, describe_record, expect
 from e2h.errors import BudgetError
 from e2h.privacy.accounting import (
     COARSE_GRID,
@@ -79,14 +79,15 @@ class PrivacyPlan:
     def statement(self) -> list[str]:
         """The guarantee in sentences that a data-protection officer can quote."""
         return [
-            f"Everything in this release is ({_up(self.bound.epsilon)}, {self.delta:g})-differentially private.",
-            "Unit of protection: one record (one image with its label). Neighbouring data sets: one record's "
-            "contribution is replaced by nothing (add-or-remove-one in its zero-out form).",
+            f"Everything in this release is ({_up(self.bound.epsilon)}, {_small(self.delta)})-differentially private.",
+            f"Unit of protection: one record ({describe_record(self.class_names)}). Neighbouring data sets: one "
+            "record's contribution is replaced by nothing (add-or-remove-one in its zero-out form).",
             f"Public, and not protected: the number of training records N = {self.num_records}, the list of "
-            f"{len(self.class_names)} classes, the image size, and every setting in config.yaml.",
+            f"{len(self.class_names)} class{'es' * (len(self.class_names) != 1)}, the image size, and every setting in "
+            "config.yaml.",
             *(_describe(release) for release in self.releases),
             *([self._shared_statement(self.shared)] if self.shared else []),
-            "All that is published (images, model weights, this document) is computed from these releases alone.",
+            "All that is published (images, weights, card, release report) is computed from these releases alone.",
             "Adversary: sees everything published and knows every other record; does not know the run's secret.",
             "Not covered: how the private set was collected and pre-processed, several records of one person, the "
             "confidentiality of the machines that computed it, and evaluation on real data, which is not published.",
@@ -95,13 +96,14 @@ class PrivacyPlan:
     def _shared_statement(self, shared: SharedBudget) -> str:
         return (
             f"All runs that are charged to the budget of data set {shared.name}, later ones included, are together "
-            f"({shared.epsilon:g}, {self.delta:g})-differentially private; when this one was planned, "
+            f"({shared.epsilon:g}, {_small(self.delta)})-differentially private; when this one was planned, "
             f"{shared.num_runs} of them, itself included, held epsilon {_up(shared.epsilon_held)}."
         )
 
     def to_json(self) -> dict[str, Any]:
         """plan.json of the run directory."""
-        deltas = sorted({*REPORTED_DELTAS, self.delta}, reverse=True)
+        # From 1/N on a delta promises nothing.
+        deltas = sorted({*(one for one in REPORTED_DELTAS if one < 1 / self.num_records), self.delta}, reverse=True)
         return {
             "releases": [_release_json(release, self.delta) for release in self.releases],
             "epsilon": self.bound.epsilon,
@@ -124,9 +126,17 @@ class PrivacyPlan:
         }
 
 
+def rounded_up(epsilon: float, decimals: int = 4) -> float:
+    """To so many decimals: printed, an epsilon must not understate."""
+    return math.ceil(epsilon * 10**decimals * (1 - 1e-12)) / 10**decimals
+
+
 def _up(epsilon: float) -> str:
-    """Four decimals, rounded up: printed, it must not understate."""
-    return f"{math.ceil(epsilon * 1e4 * (1 - 1e-12)) / 1e4:.4f}".rstrip("0").rstrip(".")
+    return f"{rounded_up(epsilon):.4f}".rstrip("0").rstrip(".")
+
+
+def _small(delta: float) -> str:
+    return f"{delta:g}".replace("e-0", "e-")
 
 
 def read_plan(value: dict[str, Any]) -> PrivacyPlan:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from e2h.config import describe_record
 from e2h.data.remote import Place
 from e2h.errors import InputError
 from e2h.reporting.privacy_curves import best_guess, hit_rate
@@ -42,8 +43,11 @@ NOT_PROTECTED = (
     "What holds for the whole population or a class: teaching it is the purpose of this data.",
     "Everything that is public, as listed on this page, the number of records included.",
     "How the images were collected, selected, labelled and cropped before e2h read them.",
-    "The machines, folders and logs of the run itself: the guarantee is about this folder only.",
-    "Other publications from the same images: their costs add to this one.",
+    "The machines, folders and logs of the run itself: the guarantee is about the folder release/ only.",
+    "Other publications from the same images: another run costs anew. By the simple bound epsilons and deltas add up: "
+    "two runs like this one have twice both. More images drawn from the published model cost nothing.",
+    "Against disappointment: how useful the images are is not stated here, because that is measured on private images "
+    "without noise, outside the guarantee. Try them on real images of your own.",
     "Fairness: rare groups are drawn less faithfully than frequent ones; synthetic images can be wrong.",
 )
 
@@ -65,8 +69,9 @@ def read_config(run_dir: Place) -> dict[str, Any]:
 
 
 def _unreadable(name: str, error: Exception) -> InputError:
-    reason = type(error).__name__
-    return InputError(f"{name}: expected a readable file in the run directory; finish the run first ({reason})")
+    damaged = not isinstance(error, OSError)
+    advice = "it is damaged: remove it, and run the same command again" if damaged else "finish the run first"
+    return InputError(f"{name}: expected a readable file in the run directory; {advice} ({type(error).__name__})")
 
 
 def up(value: float, digits: int = 4) -> str:
@@ -98,9 +103,10 @@ def percent_up(share: float) -> str:
 
 def sentence(plan: Mapping[str, Any]) -> str:
     """The guarantee in one sentence."""
+    unit = describe_record(plan["public"]["class_names"])
     return (
-        f"Everything published here, taken together, is ({up(plan['epsilon'])}, {small(plan['delta'])})-"
-        "differentially private with regard to any single record, that is one image with its label."
+        f"Everything in the folder release/, taken together, is ({up(plan['epsilon'])}, {small(plan['delta'])})-"
+        f"differentially private with regard to any single record, that is {unit}."
     )
 
 
@@ -108,7 +114,7 @@ def meaning(plan: Mapping[str, Any]) -> str:
     """What the guarantee means for one person, as the bound on a membership guess."""
     return (
         "In plain words: if a fair coin decided whether one given record takes part, even someone who knows all other "
-        "records and sees everything published here would tell right in at most "
+        "records and sees the whole release would tell right in at most "
         f"{percent_up(best_guess(plan))} of cases; 50 % is blind guessing, 100 % no protection. An attack that wrongly "
         f"accuses 1 % of the absent finds at most {percent_up(hit_rate(plan, 0.01))} of those who took part. These are "
         "worst cases over all records and all attacks. As a rule, an epsilon up to about 1 is a strong promise, a few "

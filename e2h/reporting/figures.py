@@ -23,7 +23,7 @@ COLOURS = {
     "#59636b": "var(--soft)",
     "#dcdfdc": "var(--rule)",
     "#1d6a72": "var(--accent)",
-    "#9cc3c4": "var(--part)",
+    "#689799": "var(--part)",
     "#8a3b12": "var(--warn)",
     "#ffffff": "none",
 }
@@ -160,7 +160,7 @@ def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]]) -> D
     for index in order:
         best = index == order[-1]
         heights = [heights[index] for _, heights in columns]
-        axes.plot(range(len(names)), heights, color=ACCENT if best else PART, linewidth=3 if best else 1)
+        axes.plot(range(len(names)), heights, color=ACCENT if best else PART, linewidth=3 if best else 1.5)
     for x, (texts, _) in enumerate(columns):
         for text, height in texts.items():
             axes.annotate(text, (x, height), (5, 2), textcoords="offset points")

@@ -24,13 +24,15 @@ def class_strips(folder: Path, class_names: Sequence[str], what: str, per_class:
 
     Args:
       folder: holds Parquet files with columns image (struct of bytes, path) and label; may be missing.
+      class_names: in label order; one name for images without label.
       what: what the images are, for the alternative text ("synthetic images").
 
     Returns:
       One dictionary a class that has images: "name", "sources" (data URIs of PNG files), "alt".
     """
     found: dict[int, list[str]] = {label: [] for label in range(min(len(class_names), MAX_CLASSES))}
-    for label, content in _labelled(folder):
+    for given, content in _labelled(folder):
+        label = max(given, 0)  # -1: of all records together
         if len(found.get(label, range(per_class))) < per_class:
             found[label].append(data_uri(encode_png(decode(content))))
             if all(len(sources) == per_class for sources in found.values()):

@@ -51,7 +51,8 @@ def _misses(plan: Mapping[str, Any], alarms: NDArray[np.float64]) -> NDArray[np.
 
 def spent_after(plan: Mapping[str, Any]) -> list[float]:
     """Epsilon at the plan's delta once each of its releases has been charged; the last is the plan's."""
-    return [*_spent(*_key(plan)), plan["epsilon"]]
+    spent = [*_spent(*_key(plan)), plan["epsilon"]]
+    return [plan["releases"][0]["epsilon_alone"], *spent[1:]] if len(spent) > 1 else spent
 
 
 def noise_by_share(plan: Mapping[str, Any]) -> dict[str, Curve] | None:

@@ -14,7 +14,7 @@ from e2h.config import NOT_PRIVATE
 from e2h.data import filesystem
 from e2h.reporting import facts, figures
 from e2h.reporting.metrics import METRICS, ReleaseClass, read_curves
-from e2h.reporting.pictures import class_strips
+from e2h.reporting.pictures import MAX_CLASSES, class_strips
 from e2h.reporting.privacy_curves import best_guess
 from e2h.reporting.privacy_figures import privacy_figures
 from e2h.reporting.recompute import recipe, selected
@@ -40,6 +40,7 @@ def render(run_dir: Path, internal: bool) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    by_class = config["central"]["class_conditional"]
     return environment.get_template("report.html.j2").render(
         internal=_internal(run_dir, config) if internal else None,
         plan=plan,
@@ -51,7 +52,7 @@ def render(run_dir: Path, internal: bool) -> str:
         banner=NOT_PRIVATE if plan["not_private"] else None,
         guess=facts.percent_up(best_guess(plan)),
         figures=released_figures(run_dir),
-        central=class_strips(run_dir / "central", names, "noisy central images"),
+        central=class_strips(run_dir / "central", names if by_class else ["all records"], "noisy central images"),
         frequency=class_strips(run_dir / "frequency", names, "images of the easy stage's generator"),
         synthetic=class_strips(run_dir / "synthetic", names, "synthetic images"),
         curves=_curves(run_dir, ReleaseClass.RELEASABLE),
@@ -59,6 +60,7 @@ def render(run_dir: Path, internal: bool) -> str:
         searched=facts.searched(config),
         recipe=recipe(plan),
         selected=selected(plan),
+        max_classes=MAX_CLASSES,
         version=e2h.__version__,
     )
 

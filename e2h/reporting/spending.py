@@ -14,6 +14,7 @@ from e2h.privacy.dataset_ledger import composed, holds
 from e2h.privacy.events import Selection, charge, event_from_json
 from e2h.privacy.ledger import Budget, State, replay
 from e2h.privacy.logs import open_log
+from e2h.privacy.plan import rounded_up
 
 
 def read(location: str, witness: Witness | None) -> Chain:
@@ -93,7 +94,7 @@ def _run_lines(state: State, records: Sequence[Record]) -> list[str]:
     spent, planned = (epsilon_pld(releases, budget.delta) for releases in (state.charged(), budget.planned))
     found = [
         f"budget     epsilon {budget.epsilon:g} at delta {budget.delta:g}, {budget.neighbouring_relation}",
-        f"epsilon    {spent:.4f} spent of {planned:.4f} planned",
+        f"epsilon    {rounded_up(spent):.4f} spent of {rounded_up(planned):.4f} planned",
         f"opened     {_when(records[0]['time'])}",
         *(f"owner      {_when(one['time'])} pid {one['pid']} on {one['host']}" for one in state.owners),
         f"{'release':<10} {'q':>9}{'noise':>10}{'charged':>10}{'planned':>10}{'domains':>10}",
@@ -115,11 +116,13 @@ def _dataset_lines(records: Sequence[Record], location: str) -> list[str]:
         f"data set   {opened['name']}",
         f"budget     epsilon {opened['epsilon']:g} at delta {opened['delta']:g} for all runs together, "
         f"{opened['neighbouring_relation']}",
-        f"epsilon    {total:.4f} held by {len(held)} runs",
+        f"epsilon    {rounded_up(total):.4f} held by {len(held)} run{'s' * (len(held) != 1)}",
         f"{'held':<24}{'epsilon alone':>14}  run",
     ]
     for record, planned in zip(records[1:], held.values(), strict=True):
-        found.append(f"{_when(record['time']):<24}{epsilon_pld(planned, opened['delta']):>14.4f}  {record['run']}")
+        found.append(
+            f"{_when(record['time']):<24}{rounded_up(epsilon_pld(planned, opened['delta'])):>14.4f}  {record['run']}"
+        )
     return found
 
 

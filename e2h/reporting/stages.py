@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The stages that leave a `_SUCCESS.json`, and where.
-FOLDERS = {
-    "prepare": "prepared",
-    "central": "central",
-    "frequency": "frequency",
-    "train": "checkpoints",
-    "sample": "synthetic",
+# The stages that leave a `_SUCCESS.json`, and beside what.
+PRODUCTS = {
+    "prepare": "prepared/meta.json",
+    "central": "central/images.parquet",
+    "frequency": "frequency/images.parquet",
+    "train": "checkpoints/model.safetensors",
+    "sample": "synthetic/grid.png",
 }
 
 
@@ -38,7 +38,7 @@ def stages(
     Args:
       known: the run's settings, as `Status.config`.
       names: files of the run directory, by relative name.
-      finished: by stage with a `_SUCCESS.json`, whether that is there and of this configuration.
+      finished: by stage with a `_SUCCESS.json`, whether that is there, with its product, and of this configuration.
       at: stage and step by the progress file; ("", 0) without one.
       held: whether a process holds the run; then the first stage that is not done is running.
     """
@@ -48,7 +48,13 @@ def stages(
         *([_stage("search", "search.json" in names, _any(names, "trials/"))] if known["search"] else []),
         *(_stage(stage, finished[stage], _any(names, f"{stage}/")) for stage in known["easy_stages"]),
         *_training(known, names, finished["train"], at),
-        _stage("sample", finished["sample"], parts > 0, done=parts, total=known["num_shards"]),
+        _stage(
+            "sample",
+            finished["sample"] and parts == known["num_shards"],
+            parts > 0,
+            done=parts,
+            total=known["num_shards"],
+        ),
         _stage("evaluate", "evaluation.json" in names, False, on=known["evaluation"]),
         _stage("publish", {"report.html", "release/ledger.json"} <= names.keys(), _any(names, "release/")),
     ]

@@ -25,7 +25,7 @@ from e2h.privacy.chain import Chain, Witness
 from e2h.privacy.ledger import replay
 from e2h.privacy.logs import open_log
 from e2h.reporting.facts import read_config
-from e2h.reporting.stages import FOLDERS, Stage, checkpoint_step, stages
+from e2h.reporting.stages import PRODUCTS, Stage, checkpoint_step, stages
 
 # Ray's own, which change although the run stands still.
 OF_RAY = ("ray.log", "ray/")
@@ -200,12 +200,13 @@ def _read_stages(status: Status, root: Place, ages: Mapping[str, float], binding
     status.worker_group_restarts = _count(at.get("restarts")) if at else None
     saved = {stage: checkpoint_step(ages, stage) for stage in ("finetune", *reversed(WARMUPS))}
     status.checkpoint = next(((stage, step) for stage, step in saved.items() if step), None)
-    marks = {stage: f"{folder}/_SUCCESS.json" for stage, folder in FOLDERS.items()}
+    marks = {stage: f"{product.partition('/')[0]}/_SUCCESS.json" for stage, product in PRODUCTS.items()}
     # As for the run itself, a mark of another configuration counts for nothing; a search has two of them, the one that
     # it began with and its best trial's.
     known = [binding] + ([digest(_object(status, root, "binding.json"))] if "binding.json" in ages else [])
     finished = {
-        stage: mark in ages and _object(status, root, mark).get("binding") in known for stage, mark in marks.items()
+        stage: {mark, PRODUCTS[stage]} <= ages.keys() and _object(status, root, mark).get("binding") in known
+        for stage, mark in marks.items()
     }
     position = str(at.get("stage", "")), _count(at.get("step"))
     status.stages = stages(status.config, ages, finished, position, status.holder is not None)

@@ -49,7 +49,8 @@ def lines(status: Status) -> list[str]:
 def configuration(known: dict[str, Any]) -> str:
     """The settings that people know a run by, in one line."""
     size = f"{known['image_size']}x{known['image_size']}x{known['channels']}"
-    batch = f"{known['expected_batch_size']} images x {known['noise_multiplicity']} noise draws"
+    draws = known["noise_multiplicity"]
+    batch = f"{known['expected_batch_size']} images x {draws} noise draw{'s' * (draws != 1)}"
     return (
         f"{known['data']} {size}, epsilon {number(known['epsilon'])} at delta {small(known['delta'])}, "
         f"{known['finetune_steps']} DP-SGD steps of {batch}, {known['num_images']} synthetic images, "

@@ -105,7 +105,6 @@ def test_a_driver_that_vanished_is_followed_and_one_that_renews_is_not(bucket, m
 
 
 def test_a_trial_whose_driver_was_killed_waits_until_its_lease_is_stale_and_a_run_does_not(bucket, monkeypatch):
-    monkeypatch.setattr(lease, "STALE_AFTER_S", 2.0)
     monkeypatch.setattr(lease, "ASK_EVERY_S", 0.2)
     config, common = small_config(f"{bucket}/runs"), place(f"{bucket}/search")
     with open_run(config) as run:
@@ -114,6 +113,7 @@ def test_a_trial_whose_driver_was_killed_waits_until_its_lease_is_stale_and_a_ru
     path.write_bytes(left)  # as after a kill: nobody renews it
     with pytest.raises(InputError, match="another process"):
         open_run(config).__enter__()
+    monkeypatch.setattr(lease, "STALE_AFTER_S", 2.0)
     with open_run(config, common):
         assert path.read_bytes() != left
 

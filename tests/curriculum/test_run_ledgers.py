@@ -86,10 +86,14 @@ def test_a_run_charged_to_its_end_holds_once_although_its_key_is_deleted(tmp_pat
     charged(config)
     with open_run(config) as run:
         run.ledger.spend("finetune", PLANNED[0].event, "ab" * 32, 1, 20)
+        run.checkpoints.mkdir()
+        run.weights.write_bytes(b"")
     (tmp_path / ".secrets" / "one.key").unlink()
     with open_run(config) as run:
         run.open_budget(BUDGET)
         assert len(run.dataset_ledger.chain.read()) == 2
+        plan = PrivacyPlan(1.0, 1e-4, 100, ("a",), PLANNED, Bound(0.5, 0.6), False)
+        assert run.shared_plan(plan) is plan
 
 
 @pytest.mark.parametrize("scope", ["run", "dataset"])

@@ -45,10 +45,12 @@ def test_one_folder_a_class(tmp_path: Path, write_images) -> None:
 def test_suffixes_and_hidden_files(tmp_path: Path, write_images) -> None:
     write_images(tmp_path, ["a/1.PNG", "a/deep/er/2.jpeg", "b/3.webp", "b/4.pgm", ".b/5.png", "b/.6.png"])
     (tmp_path / "a/readme.txt").write_text("no image")
+    (tmp_path / "a/1.2.840").mkdir()
+    (tmp_path / "a/1.2.840/IM1").write_text("DICOM, perhaps")
     data = config(tmp_path, test_fraction=0.0)
     assert names_and_labels(data) == {"a/1.PNG": 0, "a/deep/er/2.jpeg": 0, "b/3.webp": 1, "b/4.pgm": 1}
     (said,) = open_source(data).remarks
-    assert said == "files left out and not counted, for their endings (.txt): 1, such as a/readme.txt"
+    assert said == "files left out and not counted, for their endings (.txt, none): 2, such as a/1.2.840/IM1"
 
 
 @pytest.mark.parametrize("test", ["test", "val", "validation"])

@@ -33,7 +33,7 @@ def test_front_matter_describes_the_data(make_run):
 
 def test_body_states_guarantee_releases_and_limits(make_run, epsilons):
     _, body = parts(make_run())
-    assert re.search(r"\*\*Everything published here.* is \(\d\.\d+, 1e-5\)-differentially private", body)
+    assert re.search(r"\*\*Everything in the folder release/.* is \(\d\.\d+, 1e-5\)-differentially private", body)
     assert "| Central images (easy stage) | Poisson-sampled Gaussian | 0.5 | 20 | 5 |" in body
     assert "| DP-SGD training (hard stage) | Poisson-sampled Gaussian | 0.1 | 4 | 100 |" in body
     assert "`REPLACE_SPECIAL`: one record's contribution is replaced by nothing" in body

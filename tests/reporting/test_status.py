@@ -20,6 +20,7 @@ from e2h.errors import InputError
 from e2h.privacy.accounting import epsilon_pld
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget
+from e2h.reporting.stages import PRODUCTS
 from e2h.reporting.status import Status, look
 from e2h.reporting.status_lines import duration, lines, to_json
 
@@ -54,11 +55,16 @@ def write(run: Run, name: str, content: object = "") -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else json.dumps(content).encode())
 
 
+def mark(run: Run, stage: str) -> None:
+    """What a finished stage leaves."""
+    write(run, PRODUCTS[stage])
+    run.mark_done(stage)
+
+
 def train_until(run: Run, step: int) -> None:
     """The files of a run that is training."""
-    for stage, folder in (("prepare", run.prepared), ("central", run.central)):
-        folder.mkdir()
-        run.mark_done(stage)
+    for stage in ("prepare", "central"):
+        mark(run, stage)
     pay(run, step + 4)
     write(run, "checkpoints/warmup-00000300.pt")
     write(run, "checkpoints/finetune-00000020.pt")
@@ -140,7 +146,7 @@ def test_a_driver_that_died_leaves_a_run_to_go_on_with(storage):
 def test_after_the_job_of_one_stage_comes_that_of_the_next(tmp_path, last, following):
     with opened(str(tmp_path)) as run:
         train_until(run, 24)
-        run.mark_done("train")
+        mark(run, "train")
     status = replace(seen(str(tmp_path)), command=f"python jobs/{last}.py privacy.epsilon=2")
     assert states(status)["finetune"] == "done"
     assert f"python jobs/{following}.py privacy.epsilon=2" in lines(status)[-1]
@@ -180,9 +186,8 @@ def test_ages_in_a_bucket_are_by_its_own_clock(bucket, monkeypatch):
 
 def test_stages_that_are_off_done_and_counted(tmp_path):
     with opened(str(tmp_path), curriculum=[]) as run:
-        for stage, folder in (("prepare", run.prepared), ("train", run.checkpoints)):
-            folder.mkdir()
-            run.mark_done(stage)
+        for stage in ("prepare", "train"):
+            mark(run, stage)
         write(run, "synthetic/part-00000.parquet")
         status = seen(str(tmp_path))
         found = states(status)
@@ -194,7 +199,11 @@ def test_stages_that_are_off_done_and_counted(tmp_path):
         ]
         total = -(-run.config.sampling.num_images // run.config.sampling.images_per_shard)
         assert f"sample     running, shard 1 of {total}, {1 / total:.0%}" in lines(status)
-        run.mark_done("sample")
+        mark(run, "sample")
+        # One part is not all of them.
+        assert states(seen(str(tmp_path)))["sample"] == "running"
+        for index in range(total):
+            write(run, f"synthetic/part-{index:05d}.parquet")
         for name in ("evaluation.json", "report.html", "release/ledger.json"):
             write(run, name)
     assert set(states(seen(str(tmp_path))).values()) == {"done"}
