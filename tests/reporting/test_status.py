@@ -113,12 +113,8 @@ def test_a_run_that_trains(storage):
         "next       wait: it goes on",
     ):
         assert part in text, text
-    assert json.loads(json.dumps(to_json(status)))["stages"][3] == {
-        "name": "finetune",
-        "state": "running",
-        "done": 24,
-        "total": 60,
-    }
+    expected = {"name": "finetune", "state": "running", "done": 24, "total": 60}
+    assert json.loads(json.dumps(to_json(status)))["stages"][3] == expected
 
 
 def test_a_driver_that_died_leaves_a_run_to_go_on_with(storage):
@@ -191,12 +187,8 @@ def test_stages_that_are_off_done_and_counted(tmp_path):
         write(run, "synthetic/part-00000.parquet")
         status = seen(str(tmp_path))
         found = states(status)
-        assert [found.get(name) for name in ("central", "warmup", "finetune", "sample")] == [
-            None,
-            None,
-            "done",
-            "running",
-        ]
+        assert {"central", "warmup"}.isdisjoint(found)
+        assert (found["finetune"], found["sample"]) == ("done", "running")
         total = -(-run.config.sampling.num_images // run.config.sampling.images_per_shard)
         assert f"sample     running, shard 1 of {total}, {1 / total:.0%}" in lines(status)
         mark(run, "sample")
@@ -207,10 +199,9 @@ def test_stages_that_are_off_done_and_counted(tmp_path):
         for name in ("evaluation.json", "report.html", "release/ledger.json"):
             write(run, name)
     assert set(states(seen(str(tmp_path))).values()) == {"done"}
-    assert (
-        lines(seen(str(tmp_path)))[-1] == f"next       publish {run.release}; first: python -m e2h check {run.release}"
-    )
-    assert "driver     none" in lines(seen(str(tmp_path)))
+    *before, last = lines(seen(str(tmp_path)))
+    assert last == f"next       publish {run.release}; first: python -m e2h check {run.release}"
+    assert "driver     none" in before
 
 
 def test_a_mark_of_another_configuration_counts_for_nothing(tmp_path):
