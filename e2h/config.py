@@ -210,9 +210,7 @@ class SearchConfig:
     law: str = "negative_binomial"  # selection: negative_binomial | poisson
     shape: float = 3.0  # of the negative binomial: 1 geometric, 0 logarithmic
     score: str | None = None  # accuracy (noisy, charged) | central (free) | test (proxy only); none: accuracy or test
-    score_noise_multiplier: float | None = (
-        None  # accuracy: noise on the number told right; none: 0.5 % of N, at least 25
-    )
+    score_noise_multiplier: float | None = None  # accuracy: noise on how many are right; none: 0.5 % of N, 25 or more
     score_images: int = 1000  # synthetic images behind a score
     sampler: str = "random"  # random | optuna; selection: random
     scheduler: str = "fifo"  # fifo | asha; selection: fifo
@@ -271,6 +269,16 @@ def warmups(config: Config) -> dict[str, tuple[str, WarmupConfig]]:
     """What comes before DP-SGD, in order: (easy stage, settings), by its name in checkpoints and metrics."""
     settings = {"central": config.warmup, "frequency": config.frequency.warmup}
     return {name: (stage, settings[stage]) for name, stage in zip(WARMUPS, config.curriculum, strict=False)}
+
+
+# What a finished stage leaves in the run directory, beside its `_SUCCESS.json`.
+PRODUCTS = {
+    "prepare": "prepared/meta.json",
+    "central": "central/images.parquet",
+    "frequency": "frequency/images.parquet",
+    "train": "checkpoints/model.safetensors",
+    "sample": "synthetic/grid.png",
+}
 
 
 def describe_record(class_names: Sequence[str]) -> str:

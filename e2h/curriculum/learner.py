@@ -73,10 +73,8 @@ class Learner:
     def __init__(self, network: UNet, settings: FinetuneConfig, private: PrivateRun, workers: Workers) -> None:
         self.network, self.settings, self.private = network, settings, private
         self.num_steps = private.release.event.count
-        self.ema, self.snapshot_steps = (
-            EMA(network, settings.ema_decay),
-            snapshot_steps(self.num_steps, settings.ema_snapshots),
-        )
+        self.ema = EMA(network, settings.ema_decay)
+        self.snapshot_steps = snapshot_steps(self.num_steps, settings.ema_snapshots)
         self.averages = PowerAverages(network) if self.snapshot_steps else None
         self.optimizer = private_optimizer(self._adam(), settings, private, workers)
 

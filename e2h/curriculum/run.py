@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from e2h.binding import binding, digest
-from e2h.config import Config, expect, run_name
+from e2h.config import PRODUCTS, Config, expect, run_name
 from e2h.curriculum.lease import SURELY_STALE_S, only_driver
 from e2h.curriculum.notes import check_binding, describe
 from e2h.data.filesystem import write_bytes
@@ -189,13 +189,8 @@ class Run:
         return self._product(stage).parent / "_SUCCESS.json"
 
     def _product(self, stage: str) -> Place:
-        return {
-            "prepare": self.prepared / "meta.json",
-            "central": self.central / "images.parquet",
-            "frequency": self.easy("frequency") / "images.parquet",
-            "train": self.weights,
-            "sample": self.synthetic / "grid.png",
-        }[stage]
+        root = self.prepared.parent if stage == "prepare" else self.root
+        return root / PRODUCTS[stage]
 
 
 def witness_path(root: Place) -> Place:

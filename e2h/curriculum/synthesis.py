@@ -153,8 +153,9 @@ class Synthesizer:
 
 def synthesized(run: Run) -> bool:
     """Whether all images are there."""
-    parts = list(run.synthetic.glob("part-*.parquet"))
-    return run.done("sample") and len(parts) == num_shards(run.config.sampling)
+    if not run.done("sample"):
+        return False
+    return sum(1 for _ in run.synthetic.glob("part-*.parquet")) == num_shards(run.config.sampling)
 
 
 def _weights(run: Run) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from e2h.data.records import (
     Source,
     choose_class_names,
     cut,
+    few,
     make_source,
     path_error,
     record_split,
@@ -59,8 +60,7 @@ def _left_out(others: list[str]) -> Iterator[str]:
     if others:
         bases = [name.rpartition("/")[2] for name in others]
         endings = sorted({"." + base.rpartition(".")[2] if "." in base else "none" for base in bases})
-        shown = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
-        yield f"files left out and not counted, for their endings ({shown}): {len(others)}, such as {others[0]}"
+        yield f"files left out and not counted, for their endings ({few(endings)}): {len(others)}, such as {others[0]}"
 
 
 def _unused(images: Parts, groups: dict[str, Parts]) -> Iterator[str]:
@@ -73,8 +73,7 @@ def _unused(images: Parts, groups: dict[str, Parts]) -> Iterator[str]:
 def _renamed(labels: dict[str, int], names: tuple[str, ...]) -> Iterator[str]:
     pairs = [f"{folder} is {names[label]}" for folder, label in labels.items() if folder != names[label]]
     if pairs and len(labels) > 1:
-        shown = ", ".join(pairs[:5]) + (", ..." if len(pairs) > 5 else "")
-        yield f"data.class_names renames folders, in their sorted order: {shown}"
+        yield f"data.class_names renames folders, in their sorted order: {few(pairs)}"
 
 
 def _list_images(data: DataConfig) -> tuple[Parts, list[str]]:

@@ -75,6 +75,11 @@ class Source:
     remarks: tuple[str, ...] = ()
 
 
+def few(words: Sequence[str], most: int = 5) -> str:
+    """The first of many, for a line."""
+    return ", ".join(words[:most]) + (", ..." if len(words) > most else "")
+
+
 def record_id(name: str) -> int:
     """63-bit BLAKE2b hash of a record's name: a stable id that fits a signed 64-bit column."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1

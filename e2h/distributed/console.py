@@ -180,11 +180,9 @@ class _Training:
         total, now = self.totals[stage], time.monotonic()
         first_step, first_time = self.first.setdefault(stage, (step, now))
         rate = (step - first_step) / (now - first_time) if step > first_step else 0.0
-        spent = (
-            f" eps {rounded_up(epsilon_after(self.schedule, step), 2):.2f}/{self.target:.2f}"
-            if stage == "finetune"
-            else ""
-        )
+        spent = ""
+        if stage == "finetune":
+            spent = f" eps {rounded_up(epsilon_after(self.schedule, step), 2):.2f}/{self.target:.2f}"
         speed = f" {rate * self.batch[stage]:.0f} img/s eta {_duration((total - step) / rate)}" if rate else ""
         return f"{stage:<10} step {step}/{total} {step / total:.0%}{spent}{speed}"
 

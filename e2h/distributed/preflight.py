@@ -14,7 +14,7 @@ from e2h.curriculum.run import Run
 from e2h.curriculum.search import candidates
 from e2h.curriculum.search_plan import SearchPlan, plan_search, price_list
 from e2h.data.filesystem import write_bytes
-from e2h.data.records import Source
+from e2h.data.records import Source, few
 from e2h.data.remote import Place
 from e2h.distributed.console import say, show_plan, warn
 from e2h.privacy.plan import PrivacyPlan, make_plan, rounded_up
@@ -44,12 +44,12 @@ def _say_images(config: Config, source: Source) -> None:
 
 def understood(config: Config, source: Source) -> str:
     """What the listing says of the images, which nobody has opened yet."""
-    names = ", ".join(source.class_names[:5]) + (", ..." if len(source.class_names) > 5 else "")
     classes = f"{len(source.class_names)} class{'es' * (len(source.class_names) > 1)}"
     size, channels = config.data.image_size, "grey" if config.data.channels == 1 else "colour"
     return (
         f"{source.num_train} training + {source.num_test} test listed, {classes}, whose names will be "
-        f"published ({names}), to be {size}x{size} {channels}; sizes and damaged files show when the run opens them"
+        f"published ({few(source.class_names)}), to be {size}x{size} {channels}; sizes and damaged files show when the "
+        "run opens them"
     )
 
 

@@ -9,7 +9,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import e2h
-from e2h.config import NOT_PRIVATE, describe_record
+from e2h.config import NOT_PRIVATE
 from e2h.reporting import facts
 from e2h.reporting.recompute import recipe, selected
 
@@ -33,7 +33,6 @@ def card(plan: Mapping[str, Any], config: Mapping[str, Any], num_images: int, nu
         plan=plan,
         config=config,
         facts=facts,
-        record=describe_record(plan["public"]["class_names"]),
         relation=facts.RELATIONS.get(plan["neighbouring_relation"], plan["neighbouring_relation"]),
         banner=NOT_PRIVATE if plan["not_private"] else None,
         recipe=recipe(plan),

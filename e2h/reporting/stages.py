@@ -7,15 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The stages that leave a `_SUCCESS.json`, and beside what.
-PRODUCTS = {
-    "prepare": "prepared/meta.json",
-    "central": "central/images.parquet",
-    "frequency": "frequency/images.parquet",
-    "train": "checkpoints/model.safetensors",
-    "sample": "synthetic/grid.png",
-}
-
 
 @dataclass
 class Stage:
@@ -42,19 +33,14 @@ def stages(
       at: stage and step by the progress file; ("", 0) without one.
       held: whether a process holds the run; then the first stage that is not done is running.
     """
+    shards = known["num_shards"]
     parts = sum(name.startswith("synthetic/part-") for name in names)
     found = [
         _stage("prepare", finished["prepare"], _any(names, "prepared")),
         *([_stage("search", "search.json" in names, _any(names, "trials/"))] if known["search"] else []),
         *(_stage(stage, finished[stage], _any(names, f"{stage}/")) for stage in known["easy_stages"]),
         *_training(known, names, finished["train"], at),
-        _stage(
-            "sample",
-            finished["sample"] and parts == known["num_shards"],
-            parts > 0,
-            done=parts,
-            total=known["num_shards"],
-        ),
+        _stage("sample", finished["sample"] and parts == shards, parts > 0, done=parts, total=shards),
         _stage("evaluate", "evaluation.json" in names, False, on=known["evaluation"]),
         _stage("publish", {"report.html", "release/ledger.json"} <= names.keys(), _any(names, "release/")),
     ]

@@ -16,7 +16,7 @@ from typing import Any
 
 from e2h import s3
 from e2h.binding import digest
-from e2h.config import WARMUPS
+from e2h.config import PRODUCTS, WARMUPS
 from e2h.data.filesystem import is_visible
 from e2h.data.remote import Place
 from e2h.errors import BudgetError, InputError
@@ -25,7 +25,7 @@ from e2h.privacy.chain import Chain, Witness
 from e2h.privacy.ledger import replay
 from e2h.privacy.logs import open_log
 from e2h.reporting.facts import read_config
-from e2h.reporting.stages import PRODUCTS, Stage, checkpoint_step, stages
+from e2h.reporting.stages import Stage, checkpoint_step, stages
 
 # Ray's own, which change although the run stands still.
 OF_RAY = ("ray.log", "ray/")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from e2h.config import Config, PrivacyConfig, RunConfig
+from e2h.config import PRODUCTS, Config, PrivacyConfig, RunConfig
 from e2h.curriculum.lease import holder
 from e2h.curriculum.run import Run, open_run, witness_path
 from e2h.data.filesystem import list_files
@@ -20,7 +20,6 @@ from e2h.errors import InputError
 from e2h.privacy.accounting import epsilon_pld
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget
-from e2h.reporting.stages import PRODUCTS
 from e2h.reporting.status import Status, look
 from e2h.reporting.status_lines import duration, lines, to_json
 
