@@ -91,6 +91,8 @@ class WarmupConfig:
     learning_rate: float = 3e-3
     label_dropout: float = 0.1  # share of images without their class, for guidance
     max_shift: int = 0  # pixels; public augmentation
+    dtype: str = "float32"  # float32 | bfloat16 (autocast)
+    compile: bool = False  # torch.compile; a minute at the start, for GPUs
 
 
 @dataclass

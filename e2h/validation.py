@@ -137,6 +137,7 @@ def _validate_warmup(warmup: WarmupConfig, name: str) -> None:
     _positive_int(warmup, name, "batch_size")
     _positive(warmup, name, "learning_rate")
     _share(warmup, name, "label_dropout")
+    _choice(f"{name}.dtype", warmup.dtype, ("float32", "bfloat16"))
 
 
 def _validate_central(central: CentralConfig, image_size: int) -> None:

@@ -6,13 +6,18 @@ record's influence: removing a record must not change the random numbers of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from e2h.diffusion.losses import LOG_SIGMA, draw_noise_levels
+from e2h.diffusion.losses import LOG_SIGMA, noise_levels
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 _MASK = (1 << 64) - 1
 
@@ -71,21 +76,22 @@ def make_batch(
       images float32 in [-1, 1], [B, C, H, W] or, where draws are augmented, [B, K, C, H, W]; labels int64 [B]; sigma
       [B, K]; noise [B, K, C, H, W].
     """
-    shape = (images.shape[3], *images.shape[1:3])
-    sigma, noise, dropped, augmented = [], [], [], []
-    for image, seed in zip(images, seeds, strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        dropped.append(torch.rand((), generator=generator) < label_dropout)
-        sigma.append(draw_noise_levels((num_draws,), generator, log_sigma))
-        noise.append(torch.randn((num_draws, *shape), generator=generator))
+    shape, generator, augmented = (images.shape[3], *images.shape[1:3]), torch.Generator(), []
+    chances, inside = torch.empty(len(seeds)), torch.empty(len(seeds), num_draws, dtype=torch.float64)
+    noise = torch.empty(len(seeds), num_draws, *shape)
+    for image, seed, *drawn in zip(images, seeds, chances, inside, noise, strict=True):
+        generator.manual_seed(seed)
+        drawn[0].uniform_(generator=generator)
+        drawn[1].uniform_(generator=generator)
+        drawn[2].normal_(generator=generator)
         if max_shift or flip:
             augmented.append(augment(image, num_draws, max_shift, flip, generator))
     kept = torch.from_numpy(labels.astype(np.int64))
-    missing = torch.stack(dropped) | (kept < 0)
+    missing = (chances < label_dropout) | (kept < 0)
     kept = torch.where(missing, torch.tensor(no_label), kept)
     seen = torch.from_numpy(np.stack(augmented) if augmented else images)
     pixels = seen.movedim(-1, -3).float().div_(127.5).sub_(1.0).contiguous()
-    return {"images": pixels, "labels": kept, "sigma": torch.stack(sigma), "noise": torch.stack(noise)}
+    return {"images": pixels, "labels": kept, "sigma": noise_levels(inside, log_sigma), "noise": noise}
 
 
 def augment(image: np.ndarray, num_draws: int, max_shift: int, flip: bool, generator: torch.Generator) -> np.ndarray:
@@ -104,6 +110,19 @@ def shift(image: np.ndarray, down: int, right: int) -> np.ndarray:
     rows = np.clip(np.arange(height) - down, 0, height - 1)
     columns = np.clip(np.arange(width) - right, 0, width - 1)
     return image[rows][:, columns]
+
+
+def one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """make(item) of each item in turn; a thread makes each one while the one before is used."""
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        before: Future[Made] | None = None
+        for item in items:
+            after = thread.submit(make, item)
+            if before is not None:
+                yield before.result()
+            before = after
+        if before is not None:
+            yield before.result()
 
 
 def work_units(num_items: int, size: int, rank: int, num_workers: int) -> Iterator[slice]:

@@ -8,14 +8,14 @@ happen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from e2h.binding import digest
 from e2h.config import FinetuneConfig
-from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
+from e2h.curriculum.batches import addressed_seeds, make_batch, one_ahead, work_units
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.learner import STAGE, Learner, PrivateRun
 from e2h.curriculum.slots import check_places
@@ -62,9 +62,10 @@ def finetune(
     first = _resume(learner, private, checkpoints)
     # Contributions to two draws in one sum would be noised and paid for as one step of one draw.
     workers.agree(digest([private.domain, first]), "checkpoints or domains")
-    engine = _engine(network, settings)
+    engine = private_engine(network, micro_batch_loss, settings)
     shape = records.images.shape[1:]
-    workers.all_or_none(lambda: check_places(_engine, network, settings, physical_batch_size, shape))
+    flat = replace(engine, clipping="flat")
+    workers.all_or_none(lambda: check_places(flat, network, settings, physical_batch_size, shape))
     last, paid_until = min(until or private.release.event.count, private.release.event.count), first
     for step, selected in draws(private, range(first, last), records):
         if step >= paid_until:
@@ -110,12 +111,7 @@ def draws(private: PrivateRun, steps: range, records: ImageSet) -> Iterator[tupl
 
     A draw may precede its payment: it follows from key and ids, and without its step nobody learns of it.
     """
-    with ThreadPoolExecutor(1, "draw") as thread:
-        ahead: Future[np.ndarray] | None = None
-        for step in steps:
-            selected = ahead.result() if ahead else draw(private, step, records)
-            ahead = thread.submit(draw, private, step + 1, records) if step + 1 in steps else None
-            yield step, selected
+    yield from one_ahead(lambda step: (step, draw(private, step, records)), steps)
 
 
 def draw(private: PrivateRun, step: int, records: ImageSet) -> np.ndarray:
@@ -137,11 +133,15 @@ def sum_units(
     workers: Workers,
 ) -> list[ClippedSum]:
     """Adds this worker's units of a draw to the optimiser, and returns what each of them added."""
-    clipped = []
-    for unit in work_units(len(selected), physical_batch_size, workers.rank, workers.size):
+    clipped, on_gpu = [], workers.device.type == "cuda"
+
+    def made(unit: slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         batch, weights = _micro_batch(network, records, selected[unit], settings, seed, step, physical_batch_size)
-        batch = {name: value.to(workers.device) for name, value in batch.items()}
-        clipped.append(engine.accumulate(batch, weights.to(workers.device)))
+        return {name: value.pin_memory() if on_gpu else value for name, value in batch.items()}, weights
+
+    for batch, weights in one_ahead(made, work_units(len(selected), physical_batch_size, workers.rank, workers.size)):
+        batch = {name: value.to(workers.device, non_blocking=True) for name, value in batch.items()}
+        clipped.append(engine.accumulate(batch, weights))
         optimizer.accumulate(clipped[-1])
     return clipped
 
@@ -159,10 +159,6 @@ def private_engine(network: UNet, loss_fn: LossFunction, settings: FinetuneConfi
         dtype=settings.dtype,
         compiled=settings.compile,
     )
-
-
-def _engine(network: UNet, settings: FinetuneConfig) -> Engine:
-    return private_engine(network, micro_batch_loss, settings)
 
 
 def _resume(learner: Learner, private: PrivateRun, checkpoints: Checkpoints) -> int:

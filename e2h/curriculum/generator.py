@@ -50,16 +50,17 @@ class Generator(nn.Module):
 def fit_generator(embeddings: np.ndarray, query: FrequencyQuery, seed: int) -> Generator:
     """A generator whose images have these mean embeddings, class by class.
 
-    Adam on the squared distance between the released embedding and that of a batch. The distance is unbiased: the
-    spread of a batch's own mean is taken out, or the generator would save on variety.
+    Adam, on a GPU where there is one, on the squared distance between the released embedding and that of a batch. The
+    distance is unbiased: the spread of a batch's own mean is taken out, or the generator would save on variety.
 
     Args:
       embeddings: float64 [num_classes, num_features], `FrequencyQuery.embeddings`.
       query: the query they are of; `query.frequency.generator_steps` steps are made.
-      seed: public; the same seed and thread count give the same generator.
+      seed: public; the same seed, thread count and device give the same generator.
     """
-    steps, features = query.frequency.generator_steps, feature_map(query)
-    target = torch.from_numpy(embeddings.astype(np.float32))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps, features = query.frequency.generator_steps, feature_map(query, device)
+    target = torch.from_numpy(embeddings.astype(np.float32)).to(device)
     random = torch.Generator().manual_seed(seed)
     generator = _new_generator(query, target, features, seed)
     optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE)
@@ -68,13 +69,13 @@ def fit_generator(embeddings: np.ndarray, query: FrequencyQuery, seed: int) -> G
         classes = torch.randperm(query.num_classes, generator=random)[:MOST_CLASSES]
         each = BATCH_SIZE // len(classes)
         latents = torch.randn(len(classes) * each, LATENT_WIDTH, generator=random)
-        images = generator(latents, classes.repeat_interleave(each))
+        images = generator(latents.to(device), classes.repeat_interleave(each).to(device))
         means = features(images).view(len(classes), each, -1).mean(dim=1)
         loss = squared_distances(means, target[classes], each).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return generator.eval()
+    return generator.eval().cpu()
 
 
 def squared_distances(means: Tensor, target: Tensor, count: int) -> Tensor:
@@ -86,10 +87,10 @@ def squared_distances(means: Tensor, target: Tensor, count: int) -> Tensor:
     return squares - 2 * (means * target).sum(dim=1)
 
 
-def feature_map(query: FrequencyQuery) -> Callable[[Tensor], Tensor]:
+def feature_map(query: FrequencyQuery, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """`query.encode` for float32 images [B, C, H, W] in [0, 1], differentiable: [B, num_features] of norm 1."""
     radians = query.frequencies() * (2 * math.pi * 255 * 2.0**-TURN_BITS)
-    weights, scale = torch.from_numpy(radians.astype(np.float32)), math.sqrt(2 / query.dimension)
+    weights, scale = torch.from_numpy(radians.astype(np.float32)).to(device), math.sqrt(2 / query.dimension)
 
     def features(images: Tensor) -> Tensor:
         phases = functional.linear(images.permute(0, 2, 3, 1).flatten(1), weights)
@@ -107,8 +108,8 @@ def _new_generator(query: FrequencyQuery, target: Tensor, features: Callable[[Te
     """Untrained: images near the uniform grey that the release is nearest to, for far from it all gradients vanish."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        generator = Generator(query.num_classes, query.image_size, query.channels)
-    greys = torch.linspace(0.1, 0.9, 9)
+        generator = Generator(query.num_classes, query.image_size, query.channels).to(target.device)
+    greys = torch.linspace(0.1, 0.9, 9, device=target.device)
     images = greys[:, None, None, None].expand(-1, query.channels, query.image_size, query.image_size)
     nearest = greys[(features(images) @ target.mean(dim=0)).argmax()]
     nn.init.constant_(cast(Tensor, generator.out.bias), float(torch.logit(nearest)))

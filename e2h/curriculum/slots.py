@@ -7,10 +7,9 @@ of a unit other last bits. What the clip leaves free must cover the moves of a w
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,32 +20,24 @@ from e2h.diffusion.networks import UNet
 from e2h.privacy.clipped_sum import MARGIN
 from e2h.privacy.dpsgd import Engine
 
-EngineOf = Callable[[UNet, FinetuneConfig], Engine]
-
 SPREAD = 0.02  # of the weights it is tried with: fresh ones have layers of zeros, through which no bit comes
 
 
-def check_places(
-    make_engine: EngineOf, network: UNet, settings: FinetuneConfig, size: int, shape: tuple[int, ...]
-) -> None:
+def check_places(engine: Engine, network: UNet, settings: FinetuneConfig, size: int, shape: tuple[int, ...]) -> None:
     """Call it before the first step of DP-SGD; the verdict is the same at every start on one kind of machine.
 
     Args:
-      make_engine: as `e2h.curriculum.finetune.private_engine` for a network and settings.
+      engine: of the network, with clipping=flat; the very one that will train it, as it may be compiled.
       network: on its device; left as it is.
+      settings: of the training, whose own clipping counts.
       size: images of a work unit.
       shape: of an image, [H, W, C].
 
     Raises:
       InputError: if the places of a unit differ by more than the clip leaves free.
     """
-    tried = copy.deepcopy(network)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in tried.parameters():
-            parameter.add_(SPREAD * torch.randn(parameter.shape, generator=random).to(parameter))
-    flat = replace(settings, clipping="flat")
-    furthest = largest_move(make_engine(tried, flat), tried, settings, size, shape)
+    with _spread(network):
+        furthest = largest_move(engine, network, settings, size, shape)
     largest_draw = 2 * settings.expected_batch_size + 20  # more has no chance to speak of
     # clipping=global: a norm that crosses Z by a last bit takes the whole contribution with it, which nothing covers.
     free = 0.0 if settings.clipping == "global" else MARGIN
@@ -54,6 +45,22 @@ def check_places(
     advice = f"{reason}; take another size, or in a new run model.embedding_width a multiple of 64"
     ok = largest_draw * furthest <= free
     expect(ok, "scaling.physical_batch_size", size, "a size with the same bits in every place", advice)
+
+
+@contextmanager
+def _spread(network: UNet) -> Iterator[None]:
+    """Other weights while the block runs, nowhere zero."""
+    own = [parameter.detach().clone() for parameter in network.parameters()]
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(SPREAD * torch.randn(parameter.shape, generator=random).to(parameter))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(network.parameters(), own, strict=True):
+                parameter.copy_(before)
 
 
 def largest_move(engine: Engine, network: UNet, settings: FinetuneConfig, size: int, shape: tuple[int, ...]) -> float:
@@ -69,7 +76,7 @@ def largest_move(engine: Engine, network: UNet, settings: FinetuneConfig, size: 
         batch = make_batch(images[order], labels[order], order.tolist(), draws, 0.0, network.num_classes, levels)
         weights = torch.from_numpy(order == 0).float()
         batch = {name: value.to(device) for name, value in batch.items()}
-        found.append(engine.accumulate(batch, weights.to(device)).vector)
+        found.append(engine.accumulate(batch, weights).vector)
     moves = [float((one - found[0]).double().norm()) for one in found]
     length = float(found[0].double().norm())
     return 2 * max(moves) / length if length else math.inf  # any two are twice as far apart as from the first, at most

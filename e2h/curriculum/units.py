@@ -34,9 +34,9 @@ from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
 
-LARGEST = {"cpu": 64, "cuda": 256}  # images; beyond, neither gets faster by much
+LARGEST = {"cpu": 64, "cuda": 1024}  # images; beyond, neither gets faster by much
 UNITS_PER_WORKER = 4  # of a step: whole units are dealt out, so with fewer some workers wait for others
-SIZES = tuple(2**i for i in range(9))  # up to the largest of these
+SIZES = tuple(2**i for i in range(11))  # up to the largest of these
 MEMORY_SHARE = 0.5  # of what is free now; the other half is for everything that comes later
 CONTROL_GROUPS = (  # versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

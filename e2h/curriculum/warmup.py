@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e2h.binding import digest
 from e2h.config import WarmupConfig
-from e2h.curriculum.batches import addressed_seeds, make_batch, shift, work_units
+from e2h.curriculum.batches import addressed_seeds, make_batch, one_ahead, shift, work_units
 from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.workers import Workers, on_grid
 from e2h.diffusion.losses import micro_batch_loss
@@ -56,13 +57,15 @@ def warm_up(
     workers.agree(digest(first), "checkpoints")
     parameters = list(network.parameters())
     network.to(workers.device).train()
-    for step in range(first, warmup.num_steps):
-        loss, units = _step(network, images, labels, warmup, seed, step, workers, name)
-        workers.sum_gradients(parameters, units)
+    losses_of = _losses(network, warmup)
+    batches = partial(_units, network, images, labels, warmup, seed, workers, name)
+    for step, units in one_ahead(lambda step: (step, batches(step)), range(first, warmup.num_steps)):
+        loss, gradients = _step(losses_of, parameters, units, warmup.batch_size)
+        workers.sum_gradients(parameters, gradients)
         optimizer.step()
         done = step + 1
         if workers.rank == 0 and (done % REPORT_EVERY == 0 or done == warmup.num_steps):
-            report(f"{name}/loss", loss, done)
+            report(f"{name}/loss", float(loss), done)
         if checkpoints.due(done, CHECKPOINT_EVERY, warmup.num_steps) and workers.rank == 0:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoints.save(name, done, state)
@@ -70,30 +73,51 @@ def warm_up(
     checkpoints.wait()
 
 
-def _step(
+def _losses(network: UNet, warmup: WarmupConfig) -> Callable[[dict[str, Tensor]], Tensor]:
+    def losses(batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=warmup.dtype == "bfloat16"):
+            return micro_batch_loss(network, batch)
+
+    return torch.compile(losses, fullgraph=True, dynamic=False) if warmup.compile else losses
+
+
+def _units(
     network: UNet,
     images: np.ndarray,
     labels: np.ndarray,
     warmup: WarmupConfig,
     seed: int,
-    step: int,
     workers: Workers,
     name: str,
-) -> tuple[float, list[Tensor]]:
-    """This worker's units of the step: their mean loss, and gradients that add up to the batch's over all workers."""
+    step: int,
+) -> list[dict[str, Tensor]]:
+    """This worker's units of a step's batch, on its device."""
     places = np.arange(warmup.batch_size)
     seeds = addressed_seeds(seed, name, step, places)
     generator = np.random.default_rng((seed, step))
     chosen = generator.integers(0, len(images), warmup.batch_size)
     shifts = generator.integers(-warmup.max_shift, warmup.max_shift + 1, (warmup.batch_size, 2))
-    parameters, gradients, means = list(network.parameters()), [], []
+    units = []
     size = -(-warmup.batch_size // UNITS_PER_STEP)
     for unit in work_units(warmup.batch_size, size, workers.rank, workers.size):
         shifted = np.stack([shift(images[i], *offset) for i, offset in zip(chosen[unit], shifts[unit], strict=True)])
         batch = make_batch(
             shifted, labels[chosen[unit]], seeds[unit], 1, warmup.label_dropout, network.num_classes, network.log_sigma
         )
-        losses = micro_batch_loss(network, {name: value.to(workers.device) for name, value in batch.items()})
-        gradients.append(on_grid(torch.autograd.grad(losses.sum() / warmup.batch_size, parameters)))
-        means.append(float(losses.detach().mean()))
-    return float(np.mean(means)) if means else 0.0, gradients
+        units.append({name: value.to(workers.device) for name, value in batch.items()})
+    return units
+
+
+def _step(
+    losses_of: Callable[[dict[str, Tensor]], Tensor],
+    parameters: list[nn.Parameter],
+    units: list[dict[str, Tensor]],
+    batch_size: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The units' mean loss, and gradients that add up to the batch's over all workers."""
+    gradients, means = [], []
+    for unit in units:
+        losses = losses_of(unit)
+        gradients.append(on_grid(torch.autograd.grad(losses.sum() / batch_size, parameters)))
+        means.append(losses.detach().mean())
+    return torch.stack(means).mean() if means else torch.zeros(()), gradients

@@ -21,7 +21,13 @@ def draw_noise_levels(
     loss keeps its expectation and varies less, so that a record's clipped gradient holds more signal.
     """
     inside = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
-    ranks = (torch.arange(shape[-1], device=generator.device) + inside) / shape[-1]
+    return noise_levels(inside, log_sigma)
+
+
+def noise_levels(inside: Tensor, log_sigma: tuple[float, float] = LOG_SIGMA) -> Tensor:
+    """The levels of `draw_noise_levels` from the places within their ranges: float64 in [0, 1), [..., K]."""
+    num_draws = inside.shape[-1]
+    ranks = (torch.arange(num_draws, device=inside.device) + inside) / num_draws
     normal = torch.special.ndtri(ranks.clamp(1e-9, 1 - 1e-9))  # at 0 it is infinite
     mean, std = log_sigma
     return (mean + std * normal).exp().float()

@@ -99,13 +99,14 @@ class Engine:
     max_grad_norm: float
     clipping: str = "flat"
     norm_threshold: float = 1.0
+    compiled: bool = False
 
     def accumulate(self, batch: Batch, weights: Tensor) -> ClippedSum:
         """Sums the clipped gradients of one micro-batch; keeps no gradients and leaves the network as it was.
 
         Args:
           batch: each entry [B, ...] with the example leading; B may be 0. All draws of an example are in it.
-          weights: [B] of 0 (padding) and 1, on the network's device.
+          weights: [B] of 0 (padding) and 1; on the CPU, so that nobody waits for a GPU, or on the network's device.
 
         Raises:
           ValueError: if an entry does not lead with B, or a weight is neither 0 nor 1.
@@ -123,7 +124,8 @@ class Engine:
             vector = empty.new_zeros(sum(p.numel() for p in parameters), dtype=torch.int64)
             return ClippedSum(vector, 0, empty, empty.double())
         gradients, losses = self.per_example(batch, num_examples)
-        return clip_and_sum(gradients, weights, losses, self.max_grad_norm, self.clipping, self.norm_threshold)
+        clip = self.max_grad_norm, self.clipping, self.norm_threshold
+        return clip_and_sum(gradients, weights, losses, *clip, compiled=self.compiled)
 
 
 def make_engine(
@@ -168,7 +170,7 @@ def make_engine(
         per_example: Callable[[Batch, int], Gradients] = Folded(network, loss, noise_multiplicity, compiled)
     else:
         per_example = partial(_REFERENCES[name], network, loss, noise_multiplicity)
-    return Engine(network, per_example, max_grad_norm, clipping, norm_threshold)
+    return Engine(network, per_example, max_grad_norm, clipping, norm_threshold, compiled)
 
 
 def _check_network(network: nn.Module) -> None:

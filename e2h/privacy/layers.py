@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+try:
+    from e2h.privacy import kernels
+except ImportError:  # torch without Triton, as its builds for CPUs are
+    kernels = None  # type: ignore[assignment]
+
 Gradient = tuple[Tensor | None, ...]
 
 
@@ -56,16 +61,25 @@ def _pointwise_weight_gradient(x: Tensor, grad: Tensor, num_draws: int) -> Tenso
     return total.flatten(1)
 
 
-def _grouped_weight_gradient(
+def _window_weight_gradient(
     x: Tensor, weight: Tensor, grad: Tensor, geometry: tuple[Any, ...], num_draws: int
 ) -> Tensor:
+    stride, padding, dilation = geometry
+    if kernels is not None and x.is_cuda and x.dtype == grad.dtype and x.dtype.itemsize == 2 and dilation == (1, 1):
+        kernel_size = list(weight.shape[2:])
+        return kernels.conv_weight_gradient(x, grad, kernel_size, list(stride), list(padding), num_draws)
     num_examples = x.shape[0] // num_draws
     shape = (num_examples * weight.shape[0], *weight.shape[1:])
     folded_x = x.reshape(num_draws, num_examples * x.shape[1], *x.shape[2:])
     folded_grad = grad.reshape(num_draws, num_examples * grad.shape[1], *grad.shape[2:])
-    stride, padding, dilation = geometry
     gradient = conv2d_weight(folded_x, shape, folded_grad, stride, padding, dilation, num_examples)
     return _wide(gradient.reshape(num_examples, -1))
+
+
+def _like(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the type of `x` and, on a GPU, in the memory format that is fast there."""
+    weight = weight.to(x.dtype)
+    return weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else weight
 
 
 class Conv2dRule(torch.autograd.Function):
@@ -85,7 +99,7 @@ class Conv2dRule(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.num_draws = (module.stride, module.padding, module.dilation), num_draws
         ctx.has_bias = bias is not None
-        return functional.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *ctx.geometry)
+        return functional.conv2d(x, _like(weight, x), None if bias is None else bias.to(x.dtype), *ctx.geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradient:  # type: ignore[override]
@@ -94,11 +108,11 @@ class Conv2dRule(torch.autograd.Function):
         if weight.shape[2:] == (1, 1) and ctx.geometry[:2] == ((1, 1), (0, 0)):
             of_weight = _pointwise_weight_gradient(x, grad, num_draws)
         else:
-            of_weight = _grouped_weight_gradient(x, weight, grad, ctx.geometry, num_draws)
+            of_weight = _window_weight_gradient(x, weight, grad, ctx.geometry, num_draws)
         of_bias = sum_draws(grad.flatten(2).sum(2), num_draws) if ctx.has_bias else None
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = conv2d_input(x.shape, weight.to(grad.dtype), grad, *ctx.geometry)
+            of_x = conv2d_input(x.shape, _like(weight, grad), grad, *ctx.geometry)
         return of_x, None, None, of_weight, of_bias, None, None
 
 
@@ -129,6 +143,39 @@ class LinearRule(torch.autograd.Function):
         return of_x, None, None, of_weight, of_bias, None, None
 
 
+def _normalised(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """`x` with mean 0 and variance 1 in each group, and what it was multiplied by [N, groups]."""
+    grouped = x.unflatten(1, (groups, -1))
+    inner = tuple(range(2, grouped.dim()))
+    variance, mean = torch.var_mean(grouped, dim=inner, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    return ((grouped - mean) * rstd).flatten(1, 2), rstd.flatten(1)
+
+
+def _of_channels(values: Tensor, x: Tensor) -> Tensor:
+    """[C] or [N, C] as factors of x [N, C, ...]."""
+    return values.reshape(*values.shape, *[1] * (x.dim() - 2))
+
+
+def _group_norm_gradients(ctx: Any, grad: Tensor) -> Gradient:
+    """In steps that a compiler makes a few passes of, in any memory format: torch's own would copy twice."""
+    (x, weight), groups = ctx.saved_tensors, ctx.groups
+    normal, rstd = _normalised(x, groups, ctx.eps)
+    pixels = x.shape[2:].numel()
+    of_weight, of_bias = ((t.flatten(2).sum(2) if pixels > 1 else t.flatten(1)) for t in (grad * normal, grad))
+    of_x = None
+    if ctx.needs_input_grad[0]:
+
+        def mean_of_group(of_channel: Tensor) -> Tensor:
+            means = (of_channel * weight).unflatten(1, (groups, -1)).sum(2) / (x.shape[1] // groups * pixels)
+            return _of_channels(means.repeat_interleave(x.shape[1] // groups, dim=1), x)
+
+        inner = grad * _of_channels(weight, x) - mean_of_group(of_bias) - normal * mean_of_group(of_weight)
+        of_x = inner * _of_channels(rstd.repeat_interleave(x.shape[1] // groups, dim=1), x)
+    sums = (sum_draws(one, ctx.num_draws) for one in (of_weight, of_bias))
+    return of_x, None, None, next(sums), next(sums) if ctx.has_bias else None, None, None
+
+
 class GroupNormRule(torch.autograd.Function):
     """GroupNorm, in the type of its weight."""
 
@@ -143,16 +190,24 @@ class GroupNormRule(torch.autograd.Function):
         module: nn.GroupNorm,
         num_draws: int,
     ) -> Tensor:
+        ctx.groups, ctx.num_draws, ctx.has_bias = module.num_groups, num_draws, bias is not None
+        if x.is_cuda:
+            normal, rstd = _normalised(x, module.num_groups, module.eps)
+            ctx.save_for_backward(x, weight)
+            ctx.eps = module.eps
+            y = normal * _of_channels(weight, x)
+            return y if bias is None else y + _of_channels(bias, x)
         x = x.contiguous()
         num_rows, width = x.shape[:2]
         pixels, groups = x.shape[2:].numel(), module.num_groups
         y, mean, rstd = torch.native_group_norm(x, weight, bias, num_rows, width, pixels, groups, module.eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.groups, ctx.num_draws, ctx.has_bias = groups, num_draws, bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradient:  # type: ignore[override]
+        if len(ctx.saved_tensors) == 2:
+            return _group_norm_gradients(ctx, grad)
         x, weight, mean, rstd = ctx.saved_tensors
         num_rows, width = x.shape[:2]
         folded = (1, num_rows * width, x.shape[2:].numel())  # rows become channels: affine gradients, one a row

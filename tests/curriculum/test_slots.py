@@ -12,7 +12,7 @@ import torch
 
 from e2h.config import FinetuneConfig, ModelConfig
 from e2h.curriculum.batches import make_batch
-from e2h.curriculum.finetune import _engine, micro_batch_loss, private_engine
+from e2h.curriculum.finetune import micro_batch_loss, private_engine
 from e2h.curriculum.slots import check_places, largest_move
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
@@ -58,15 +58,11 @@ def test_neither_the_place_nor_the_neighbours_of_a_record_change_its_gradient(de
 class Misplacing:
     """An engine whose last place gives other last bits, as kernels with a tail do; a contribution has length 2^30."""
 
-    def __init__(self, move: int) -> None:
-        self.move = move
-
-    def __call__(self, network, settings):
-        assert settings.clipping == "flat"
-        assert all(parameter.abs().max() > 0 for parameter in network.parameters())  # else no bit comes through
-        return self
+    def __init__(self, network: UNet, move: int) -> None:
+        self.network, self.move = network, move
 
     def accumulate(self, batch, weights):
+        assert all(p.abs().max() > 0 for p in self.network.parameters())  # else no bit comes through
         return SimpleNamespace(vector=torch.tensor([2**30, self.move * int(weights[-1])]))
 
 
@@ -89,7 +85,7 @@ def test_training_begins_where_the_clip_covers_all_moves_of_a_draw(move, batch, 
     network = new_network()
     before = [parameter.clone() for parameter in network.parameters()]
     settings = FinetuneConfig(expected_batch_size=batch, noise_multiplicity=1, clipping=clipping)
-    call = partial(check_places, Misplacing(move), network, settings, 4, (8, 8, 1))
+    call = partial(check_places, Misplacing(network, move), network, settings, 4, (8, 8, 1))
     if covered:
         call()
     else:
@@ -99,7 +95,11 @@ def test_training_begins_where_the_clip_covers_all_moves_of_a_draw(move, batch, 
 
 
 def test_a_unit_of_one_has_one_place():
-    assert largest_move(Misplacing(9), new_network(), FinetuneConfig(), 1, (8, 8, 1)) == 0
+    network = new_network()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1)
+    assert largest_move(Misplacing(network, 9), network, FinetuneConfig(), 1, (8, 8, 1)) == 0
 
 
 def test_a_gradient_that_says_nothing_is_refused():
@@ -113,6 +113,6 @@ def test_the_networks_of_the_presets_have_the_same_bits_in_every_place():
     for name in ("px8", "px28_small"):
         config = compose({"model": name, "data.image_size": 8 if name == "px8" else 28})
         network = UNet.from_config(config.model, config.data.image_size, 1, 10, 0)
-        check_places(
-            _engine, network, replace(config.finetune, clipping="global"), 8, (config.data.image_size,) * 2 + (1,)
-        )
+        engine = private_engine(network, micro_batch_loss, config.finetune)
+        strict = replace(config.finetune, clipping="global")
+        check_places(engine, network, strict, 8, (config.data.image_size,) * 2 + (1,))

@@ -148,7 +148,7 @@ DAMAGED = {
     "zero": b'{"physical_batch_size": 0}',
     "negative": b'{"physical_batch_size": -8}',
     "no power of two": b'{"physical_batch_size": 12}',
-    "too large": b'{"physical_batch_size": 512}',
+    "too large": b'{"physical_batch_size": 2048}',
     "beyond 64 bits": b'{"physical_batch_size": 1e400}',
 }
 
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_one_line_and_ends_the_whole_group(tmp_path, content):
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(outcome, range(2))
     assert type(first) is InputError
-    assert str(first).startswith(f'{path}: expected {{"physical_batch_size": n}} with n a power of two from 1 to 256')
+    assert str(first).startswith(f'{path}: expected {{"physical_batch_size": n}} with n a power of two from 1 to 1024')
     assert "\n" not in str(first)
     assert type(second) is RuntimeError
     assert "rank 0 says why" in str(second)
