@@ -42,7 +42,7 @@ ELSEWHERE = ("data.path", "scaling", "run", "seed", "privacy.secret")
 def measure(experiment: str, overrides: Sequence[str], seed: int, storage: Path, alone: bool) -> dict[str, Any]:
     """Runs one seed, or what is left of it, and returns its row."""
     config = configured(experiment, [*overrides, f"seed={seed}", f"run.storage={storage}"])
-    with stopwatch(storage / f"{run_name(config)}.minutes") as minutes:
+    with stopwatch(storage / f"{run_name(config)}.minutes", hardware(config, alone)) as minutes:
         if alone:
             from e2h.api import run
 
@@ -52,22 +52,23 @@ def measure(experiment: str, overrides: Sequence[str], seed: int, storage: Path,
             program = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *words]
             subprocess.run([*program, f"seed={seed}", f"run.storage={storage}"], check=True)
         found = row(experiment, overrides, config, storage)
-        return {**found, "minutes": round(minutes(), 1), "hardware": hardware(config, alone)}
+        spent = {where: round(one, 1) for where, one in minutes().items()}
+        return {**found, "minutes": round(sum(spent.values()), 1), "hardware": " + ".join(spent), "minutes_on": spent}
 
 
 @contextmanager
-def stopwatch(path: Path, every_s: float = 10.0) -> Iterator[Callable[[], float]]:
-    """Minutes spent in this call and in those before it, which may have been killed: `path` keeps them."""
-    before = float(path.read_text()) if path.exists() else 0.0
+def stopwatch(path: Path, hardware: str, every_s: float = 10.0) -> Iterator[Callable[[], dict[str, float]]]:
+    """Minutes by hardware, of this call and of those before it, which may have been killed: `path` keeps them."""
+    before: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     begun, ended = time.monotonic(), threading.Event()
 
-    def minutes() -> float:
-        return before + (time.monotonic() - begun) / 60
+    def minutes() -> dict[str, float]:
+        return {**before, hardware: before.get(hardware, 0.0) + (time.monotonic() - begun) / 60}
 
     def keep() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         while not ended.wait(every_s):
-            write_bytes(path, str(minutes()).encode())
+            write_bytes(path, json.dumps(minutes()).encode())
 
     writer = threading.Thread(target=keep, daemon=True)
     writer.start()

@@ -27,7 +27,7 @@ from e2h.privacy.scores import central_distance
 
 STAGE = "sampling"
 # Rows of the network at a time: beyond, a GPU gets no faster by much; a CPU gets slower when a layer leaves its cache.
-MOST_ROWS = {"cpu": 256, "cuda": 512}
+MOST_ROWS = {"cpu": 256, "cuda": 2048}
 TRIED = 20  # images of a class that an average is judged by
 CPU_ACTIVATIONS = 2**19  # of one layer at full resolution
 

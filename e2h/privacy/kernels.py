@@ -23,7 +23,7 @@ def _tile_of_gradient(
     TAP_LINES: tl.constexpr, TAP_PIXELS: tl.constexpr, STRIDE_LINE: tl.constexpr, STRIDE_PIXEL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """out[b, o, c, tap] = sum over draws k and pixels of grad[k B + b, o, pixel] x[k B + b, c, pixel moved by tap]."""
+    """out[b, o, tap, c] = sum over draws k and pixels of grad[k B + b, o, pixel] x[k B + b, c, pixel moved by tap]."""
     taps: tl.constexpr = TAP_LINES * TAP_PIXELS
     num_pixels: tl.constexpr = OUT_HEIGHT * OUT_COLUMNS
     num_tiles: tl.constexpr = (taps * IN_WIDTH + COLUMNS - 1) // COLUMNS
@@ -45,7 +45,7 @@ def _tile_of_gradient(
             x_at = x + row * x_row + lines * x_line + rights * x_pixel + channel[None, :] * x_channel
             xs = tl.load(x_at, mask=inside & there[:, None] & taken[None, :], other=0.0)
             total = tl.dot(gs, xs, total)
-    places = (outs[:, None] * IN_WIDTH + channel[None, :]) * taps + tap[None, :]
+    places = outs[:, None] * (taps * IN_WIDTH) + columns[None, :]
     kept = (outs < out_width)[:, None] & taken[None, :]
     tl.store(out + example.to(tl.int64) * (out_width * IN_WIDTH * taps) + places, total, mask=kept)
 
@@ -74,7 +74,7 @@ def conv_weight_gradient(
     num_examples, (in_width, height, width) = x.shape[0] // num_draws, x.shape[1:]
     out_width, out_height, out_columns = grad.shape[1:]
     taps = kernel_size[0] * kernel_size[1]
-    out = torch.empty(num_examples, out_width * in_width * taps, dtype=torch.float32, device=x.device)
+    out = torch.empty(num_examples, out_width, taps, in_width, dtype=torch.float32, device=x.device)
     rows, columns = _tile(out_width, ROWS), _tile(in_width * taps, COLUMNS)
     grid = (num_examples * triton.cdiv(in_width * taps, columns), triton.cdiv(out_width, rows))
     wrap_triton(_tile_of_gradient)[grid](
@@ -84,4 +84,4 @@ def conv_weight_gradient(
         num_draws, in_width, out_height, out_columns, kernel_size[0], kernel_size[1], stride[0], stride[1],
         rows, columns, PIXELS,
     )  # fmt: skip
-    return out
+    return out.transpose(2, 3).flatten(1)  # a copy, which is faster than a kernel that writes numbers far apart

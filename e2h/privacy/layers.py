@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 
 try:
     from e2h.privacy import kernels
@@ -82,6 +82,13 @@ def _like(weight: Tensor, x: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else weight
 
 
+def _input_gradient(x: Tensor, weight: Tensor, grad: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+    """As `torch.nn.grad.conv2d_input`, which makes up an `x`, and in torch's GPU code a copy of it."""
+    stride, padding, dilation = geometry
+    rest = None, stride, padding, dilation, False, [0, 0], 1, [True, False, False]
+    return torch.ops.aten.convolution_backward(grad, x, weight, *rest)[0]
+
+
 class Conv2dRule(torch.autograd.Function):
     """Conv2d without groups, zero padding in numbers."""
 
@@ -112,7 +119,7 @@ class Conv2dRule(torch.autograd.Function):
         of_bias = sum_draws(grad.flatten(2).sum(2), num_draws) if ctx.has_bias else None
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = conv2d_input(x.shape, _like(weight, grad), grad, *ctx.geometry)
+            of_x = _input_gradient(x, _like(weight, grad), grad, ctx.geometry)
         return of_x, None, None, of_weight, of_bias, None, None
 
 
