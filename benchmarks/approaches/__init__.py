@@ -17,7 +17,8 @@ from e2h.privacy.dpsgd import clip_and_sum, grad_sample_module, make_engine
 
 PRESETS = Path(__file__).resolve().parents[2] / "e2h" / "conf" / "model"
 APPROACHES = ("plain", "folded", "opacus_hooks", "opacus_ghost", "vmap", "loop")
-BATCHES = {1: 32, 4: 8, 32: 2}  # noise multiplicity K: images B; a quarter of them with --quick
+# Noise multiplicity K: images B; a quarter of them with --quick. On a GPU as many as a run's work units have.
+BATCHES = {"cpu": {1: 32, 4: 8, 32: 2}, "cuda": {1: 1024, 4: 256, 32: 32}}
 CLIP_NORM = 1.0
 Step = Callable[[], object]
 
@@ -153,7 +154,7 @@ MAKERS = {
 
 
 def num_images(num_draws: int, options: argparse.Namespace) -> int:
-    return max(1, BATCHES[num_draws] // (4 if options.quick else 1))
+    return max(1, BATCHES[options.device][num_draws] // (4 if options.quick else 1))
 
 
 def make_step(approach: str, image_size: int, num_draws: int, options: argparse.Namespace) -> Step:
