@@ -39,14 +39,24 @@ CLASSIFIERS = ("logistic_regression", "mlp", "cnn")
 ELSEWHERE = ("data.path", "scaling", "run", "seed", "privacy.secret")
 
 
-def measure(experiment: str, overrides: Sequence[str], seed: int, storage: Path, alone: bool) -> dict[str, Any]:
-    """Runs one seed, or what is left of it, and returns its row."""
+class Stopped(Exception):  # noqa: N818 - no error
+    """A run has come to the stage before which it was to stop."""
+
+
+def measure(
+    experiment: str, overrides: Sequence[str], seed: int, storage: Path, alone: bool, before: str | None = None
+) -> dict[str, Any]:
+    """Runs one seed, or what is left of it, and returns its row.
+
+    Raises:
+      Stopped: when the run comes to the stage `before`.
+    """
     config = configured(experiment, [*overrides, f"seed={seed}", f"run.storage={storage}"])
     with stopwatch(storage / f"{run_name(config)}.minutes", hardware(config, alone)) as minutes:
         if alone:
             from e2h.api import run
 
-            run(config)
+            run(config, _stop(before) if before else None)
         else:
             words = [*([] if experiment == "demo" else [f"experiment={experiment}"]), *overrides]
             program = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *words]
@@ -54,6 +64,14 @@ def measure(experiment: str, overrides: Sequence[str], seed: int, storage: Path,
         found = row(experiment, overrides, config, storage)
         spent = {where: round(one, 1) for where, one in minutes().items()}
         return {**found, "minutes": round(sum(spent.values()), 1), "hardware": " + ".join(spent), "minutes_on": spent}
+
+
+def _stop(before: str) -> Callable[[str, int, int], None]:
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage == before:
+            raise Stopped
+
+    return tell
 
 
 @contextmanager
@@ -69,6 +87,7 @@ def stopwatch(path: Path, hardware: str, every_s: float = 10.0) -> Iterator[Call
         path.parent.mkdir(parents=True, exist_ok=True)
         while not ended.wait(every_s):
             write_bytes(path, json.dumps(minutes()).encode())
+        write_bytes(path, json.dumps(minutes()).encode())
 
     writer = threading.Thread(target=keep, daemon=True)
     writer.start()
@@ -103,9 +122,9 @@ def row(experiment: str, overrides: Sequence[str], config: Config, storage: Path
 
 
 def hardware(config: Config, alone: bool) -> str:
-    workers = 1 if alone else config.scaling.num_workers
-    if config.scaling.use_gpu or (alone and torch.cuda.is_available()):
-        return f"{workers} x {torch.cuda.get_device_name()}"
+    workers, there = 1 if alone else config.scaling.num_workers, torch.cuda.is_available()
+    if there if alone else config.scaling.use_gpu:
+        return f"{workers} x {torch.cuda.get_device_name() if there else 'GPU'}"
     cores = min(workers, os.cpu_count() or 1)
     return f"{cores} CPU core{'s' * (cores > 1)}"
 
@@ -155,9 +174,12 @@ def main() -> None:
     parser.add_argument("--storage", type=Path, default=Path("runs") / "quality", help="where the runs lie")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where the rows go")
     parser.add_argument("--alone", action="store_true", help="in this process, without Ray")
+    parser.add_argument("--before", choices=("train", "evaluate"), help="with --alone: stop before this stage")
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and run nothing")
     parser.add_argument("--quick", action="store_true", help="a short schedule on the digits; keeps no row")
     given = parser.parse_args()
+    if given.before and not given.alone:
+        parser.error("--before needs --alone")
     if given.table:
         print(table(read_rows(given.rows)))
     elif given.quick:
@@ -174,7 +196,11 @@ def run_seeds(given: argparse.Namespace) -> None:
         known = [one for one in read_rows(given.rows) if one["overrides"] == wanted and one["seed"] == seed]
         if any(one["experiment"] == given.experiment for one in known):
             continue
-        found = measure(given.experiment, given.set, seed, given.storage, given.alone)
+        try:
+            found = measure(given.experiment, given.set, seed, given.storage, given.alone, given.before)
+        except Stopped:
+            print(f"{given.experiment}, seed {seed}: stopped before {given.before}; without --before it goes on")
+            continue
         with open(given.rows, "a") as file:
             file.write(json.dumps(found) + "\n")
     print(table([one for one in read_rows(given.rows) if one["experiment"] == given.experiment]))

@@ -46,7 +46,7 @@ def test_a_row_of_the_table_has_mean_and_spread_over_the_seeds_of_one_experiment
 def test_a_stopped_call_goes_on_with_the_seeds_that_have_no_row(tmp_path, monkeypatch, capsys):
     made: list[int] = []
 
-    def measure(experiment, overrides, seed, storage, alone):
+    def measure(experiment, overrides, seed, storage, alone, before):
         if seed == 1 and len(made) == 1:
             raise KeyboardInterrupt
         made.append(seed)
@@ -68,12 +68,16 @@ def test_a_stopped_call_goes_on_with_the_seeds_that_have_no_row(tmp_path, monkey
 
 def test_the_minutes_of_a_run_are_those_of_all_its_calls(tmp_path):
     path = tmp_path / "runs" / "one.minutes"
-    killed = "import os, quality, time, pathlib\nwith quality.stopwatch(pathlib.Path({!r}), 0.1):\n"
+    killed = 'import os, quality, time, pathlib\nwith quality.stopwatch(pathlib.Path({!r}), "there", 0.1):\n'
     killed += "    time.sleep(1.2)\n    os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", killed.format(str(path))], cwd=BENCHMARKS, check=False)
     assert done.returncode == -9
-    with quality.stopwatch(path) as minutes:
-        assert 1 / 60 <= minutes() < 1
+    with quality.stopwatch(path, "here") as minutes:
+        assert set(minutes()) == {"there", "here"}
+        assert 1 / 60 <= minutes()["there"] < 1
+        assert 0 <= minutes()["here"] < 1
+    with quality.stopwatch(path, "there") as minutes:
+        assert minutes()["there"] >= 1 / 60
 
 
 def test_parts_are_cut_off_at_their_share_and_go_on_in_the_next_call(tmp_path, monkeypatch):
@@ -81,7 +85,7 @@ def test_parts_are_cut_off_at_their_share_and_go_on_in_the_next_call(tmp_path, m
     parts = [gpu.Part("quick", ["-c", "print('hello')"], 5.0), gpu.Part("slow", slow, 2.5)]
     parts.append(gpu.Part("broken", ["-c", "raise SystemExit(3)"], 5.0))
     monkeypatch.setattr(gpu, "parts", lambda given: parts)
-    given = argparse.Namespace(out=tmp_path, minutes=1 / 3)
+    given = argparse.Namespace(out=tmp_path, minutes=1 / 3, before=None)
     assert gpu.run_all(given) == {"quick": "done", "slow": "cut off", "broken": "failed"}
     assert (tmp_path / "quick.log").read_text() == "hello\n"
     parts[1] = gpu.Part("slow", ["-c", "pass"], 2.5)
@@ -90,13 +94,36 @@ def test_parts_are_cut_off_at_their_share_and_go_on_in_the_next_call(tmp_path, m
     assert json.loads((tmp_path / "done.json").read_text())["slow"] == "done"
 
 
-def test_the_parts_of_a_gpu_fit_25_minutes_and_the_quick_ones_need_none(tmp_path):
+def test_the_parts_of_a_gpu_fit_25_minutes_and_the_quick_ones_need_none(tmp_path, monkeypatch):
     names = {"mnist": Path("m"), "fashion_mnist": None, "cifar10": None}
-    given = argparse.Namespace(**names, quick=False, out=tmp_path, minutes=25)
+    given = argparse.Namespace(**names, quick=False, out=tmp_path, minutes=25, before=None)
+    assert [part.name for part in gpu.parts(given)] == ["mnist-epsilon1", "mnist-epsilon10"]
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     found = gpu.parts(given)
-    assert [part.name for part in found] == ["tests", "mnist-epsilon1", "mnist-epsilon10", "engine", "sampling"]
-    assert sum(part.minutes for part in found) <= 25
+    assert [part.name for part in found] == ["mnist-epsilon1", "mnist-epsilon10", "tests", "engine", "sampling"]
+    assert max(part.minutes for part in found if part.beside) + sum(p.minutes for p in found if not p.beside) <= 25
     assert all(
         "scaling.use_gpu=true" not in part.command
         for part in gpu.parts(argparse.Namespace(**{**vars(given), "quick": True}))
     )
+
+
+def test_a_run_goes_on_elsewhere_from_the_stage_before_which_it_stopped(tmp_path):
+    """Its first and its last stages need no GPU; what they take is told apart."""
+    words = ["demo", "--alone", "--storage", str(tmp_path / "runs"), "--rows", str(tmp_path / "rows.jsonl")]
+    call = [sys.executable, "quality.py", *words, "--set", *quality.QUICK, "sampling.num_images=100"]
+    for before, missing in (("train", "checkpoints"), ("evaluate", "release")):
+        stopped = subprocess.run(
+            [*call, "--before", before], cwd=BENCHMARKS, capture_output=True, text=True, check=True
+        )
+        assert f"stopped before {before}" in stopped.stdout
+        (root,) = (path for path in (tmp_path / "runs").iterdir() if (path / "config.yaml").exists())
+        assert not (root / missing).exists()
+    made = (root / "synthetic" / "grid.png").stat().st_mtime_ns
+    minutes = next((tmp_path / "runs").glob("*.minutes"))
+    minutes.write_text(json.dumps({"1 x NVIDIA H200": 3.0}))  # as if those stages had been elsewhere
+    subprocess.run(call, cwd=BENCHMARKS, capture_output=True, check=True)
+    (row,) = quality.read_rows(tmp_path / "rows.jsonl")
+    assert row["hardware"] == "1 x NVIDIA H200 + 1 CPU core"
+    assert row["minutes_on"]["1 x NVIDIA H200"] == 3
+    assert (root / "synthetic" / "grid.png").stat().st_mtime_ns == made

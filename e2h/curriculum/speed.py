@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from e2h.config import Config, warmups
+from e2h.config import Config, expect, warmups
 from e2h.curriculum.units import largest_that_fits, private_micro_batch
 from e2h.curriculum.workers import Workers
 from e2h.diffusion.networks import UNet
@@ -16,7 +16,14 @@ GRADIENT_IN_PASSES = 3  # a forward and a backward pass of a network, in forward
 
 
 def gradients_per_second(config: Config, num_classes: int) -> float:
-    """Per-record gradients of one worker, in micro-batches as a run would choose them."""
+    """Per-record gradients of one worker, in micro-batches as a run would choose them.
+
+    Raises:
+      InputError: if the workers have GPUs and this machine has none.
+    """
+    timed = torch.cuda.is_available() or not config.scaling.use_gpu
+    advice = "plan on a machine like the workers', or for its cores with scaling=local"
+    expect(timed, "scaling.use_gpu", True, "a GPU on this machine, where the speed is measured", advice)
     device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
     data, settings = config.data, config.finetune
     threads = torch.get_num_threads()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from e2h.config import Config, FinetuneConfig, SamplingConfig, WarmupConfig
-from e2h.curriculum.speed import forecast
+from e2h.curriculum.speed import forecast, gradients_per_second
+from e2h.errors import InputError
 
 CONFIG = Config(
     warmup=WarmupConfig(num_steps=60, batch_size=100),
@@ -34,3 +36,9 @@ def test_each_easy_stage_warms_up_and_guidance_doubles_the_passes():
     assert found["warm-up"] == pytest.approx(90 * 100 / 200 / 60)
     assert found["sampling"] == pytest.approx(100 * 8 * 2 / 600 / 60)
     assert forecast(replace(CONFIG, curriculum=[]), 50.0)["warm-up"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_plan_for_gpus_is_not_timed_on_cores():
+    with pytest.raises(InputError, match="scaling.use_gpu=True: expected a GPU on this machine"):
+        gradients_per_second(replace(CONFIG, scaling=replace(CONFIG.scaling, use_gpu=True)), 10)

@@ -10,7 +10,7 @@ from gradient_cases import LAYOUTS
 from torch import nn
 from torch.nn.grad import conv2d_weight
 
-from e2h.config import FinetuneConfig
+from e2h.config import FinetuneConfig, ModelConfig
 from e2h.curriculum.batches import make_batch
 from e2h.curriculum.finetune import private_engine
 from e2h.curriculum.machine import fixed_kernels
@@ -19,7 +19,6 @@ from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 from e2h.privacy.clipped_sum import clip_and_sum
 from e2h.privacy.dpsgd import make_engine
-from e2h.settings import compose
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -56,18 +55,17 @@ def test_a_weight_gradient_in_half_precision_equals_float64(draws, widths, side,
 
 
 def network_and_batch(draws: int, size: int = 6) -> tuple[UNet, dict[str, torch.Tensor]]:
-    config = compose({"model": "px28_small", "data.image_size": 28})
-    network = UNet.from_config(config.model, 28, 1, 10, 0)
+    network = UNet.from_config(ModelConfig(base_width=16, width_multipliers=[1, 2], embedding_width=64), 8, 1, 10, 0)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=random))
-    images = torch.randint(0, 256, (size, 28, 28, 1), generator=random).to(torch.uint8).numpy()
+    images = torch.randint(0, 256, (size, 8, 8, 1), generator=random).to(torch.uint8).numpy()
     batch = make_batch(images, torch.arange(size).numpy() % 10, list(range(size)), draws, 0.1, 10)
     return network.cuda(), {name: value.cuda() for name, value in batch.items()}
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", 2e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 2e-5), ("bfloat16", 5e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
 @fixed_kernels()
 def test_the_engine_equals_the_loop(compiled, dtype, error):
@@ -103,4 +101,4 @@ def test_a_record_has_the_same_bits_in_every_place_of_a_unit(compiled, dtype):
     network, _ = network_and_batch(draws=1)
     settings = FinetuneConfig(noise_multiplicity=2, dtype=dtype, compile=compiled)
     engine = private_engine(network, micro_batch_loss, settings)
-    check_places(engine, network, replace(settings, clipping="global"), 64, (28, 28, 1))
+    check_places(engine, network, replace(settings, clipping="global"), 64, (8, 8, 1))
