@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from e2h.errors import InputError
-from e2h.privacy.layers import Conv2dRule, EmbeddingRule, GroupNormRule, LinearRule
+from e2h.privacy.group_norm import GroupNormRule, StridedGroupNormRule
+from e2h.privacy.layers import Conv2dRule, EmbeddingRule, LinearRule
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -181,6 +182,7 @@ class Folded:
         rule = _RULES[type(module)][0]
         if type(module) is nn.GroupNorm:
             x = x.to(module.weight.dtype)
+            rule = StridedGroupNormRule if x.is_cuda else rule
         elif type(module) is not nn.Embedding and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return rule.apply(x, module.weight, getattr(module, "bias", None), weight_tap, bias_tap, module, self.num_draws)

@@ -8,8 +8,9 @@ A layer hands its per-example gradients to autograd as the gradients of *taps*: 
 that take no memory (stride 0) and part in no arithmetic. The backward pass has no side effects, so it can be compiled.
 
 One rule by the kind of layer, no measured choice: 1x1 convolutions are one batched product a draw, all others one
-grouped convolution. On a CPU that costs a step 1 to 3 % beside the best of four kernels for each shape (docs/LOG.md),
-and it is one thing less that a replay depends on.
+grouped convolution, or a kernel of ours where a GPU computes in half precision (`e2h.privacy.kernels`). On a CPU that
+costs a step 1 to 3 % beside the best of four kernels for each shape (docs/LOG.md), and it is one thing less that a
+replay depends on.
 """
 
 from __future__ import annotations
@@ -148,95 +149,6 @@ class LinearRule(torch.autograd.Function):
         of_bias = _wide(_by_example(grad, ctx.num_draws)).sum(1) if ctx.has_bias else None
         of_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_weight, of_bias, None, None
-
-
-def _normalised(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """`x` with mean 0 and variance 1 in each group, and what it was multiplied by [N, groups]."""
-    grouped = x.unflatten(1, (groups, -1))
-    inner = tuple(range(2, grouped.dim()))
-    variance, mean = torch.var_mean(grouped, dim=inner, correction=0, keepdim=True)
-    rstd = torch.rsqrt(variance + eps)
-    return ((grouped - mean) * rstd).flatten(1, 2), rstd.flatten(1)
-
-
-def _of_channels(values: Tensor, x: Tensor) -> Tensor:
-    """[C] or [N, C] as factors of x [N, C, ...]."""
-    return values.reshape(*values.shape, *[1] * (x.dim() - 2))
-
-
-def _group_norm_gradients(ctx: Any, grad: Tensor) -> Gradient:
-    """In steps that a compiler makes a few passes of, in any memory format: torch's own would copy twice."""
-    (x, weight), groups = ctx.saved_tensors, ctx.groups
-    normal, rstd = _normalised(x, groups, ctx.eps)
-    pixels = x.shape[2:].numel()
-    of_weight, of_bias = ((t.flatten(2).sum(2) if pixels > 1 else t.flatten(1)) for t in (grad * normal, grad))
-    of_x = None
-    if ctx.needs_input_grad[0]:
-
-        def mean_of_group(of_channel: Tensor) -> Tensor:
-            means = (of_channel * weight).unflatten(1, (groups, -1)).sum(2) / (x.shape[1] // groups * pixels)
-            return _of_channels(means.repeat_interleave(x.shape[1] // groups, dim=1), x)
-
-        inner = grad * _of_channels(weight, x) - mean_of_group(of_bias) - normal * mean_of_group(of_weight)
-        of_x = inner * _of_channels(rstd.repeat_interleave(x.shape[1] // groups, dim=1), x)
-    sums = (sum_draws(one, ctx.num_draws) for one in (of_weight, of_bias))
-    return of_x, None, None, next(sums), next(sums) if ctx.has_bias else None, None, None
-
-
-class GroupNormRule(torch.autograd.Function):
-    """GroupNorm, in the type of its weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_tap: Tensor,
-        bias_tap: Tensor | None,
-        module: nn.GroupNorm,
-        num_draws: int,
-    ) -> Tensor:
-        ctx.groups, ctx.num_draws, ctx.has_bias = module.num_groups, num_draws, bias is not None
-        if x.is_cuda:
-            normal, rstd = _normalised(x, module.num_groups, module.eps)
-            ctx.save_for_backward(x, weight)
-            ctx.eps = module.eps
-            y = normal * _of_channels(weight, x)
-            return y if bias is None else y + _of_channels(bias, x)
-        x = x.contiguous()
-        num_rows, width = x.shape[:2]
-        pixels, groups = x.shape[2:].numel(), module.num_groups
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, num_rows, width, pixels, groups, module.eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradient:  # type: ignore[override]
-        if len(ctx.saved_tensors) == 2:
-            return _group_norm_gradients(ctx, grad)
-        x, weight, mean, rstd = ctx.saved_tensors
-        num_rows, width = x.shape[:2]
-        folded = (1, num_rows * width, x.shape[2:].numel())  # rows become channels: affine gradients, one a row
-        of_x, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
-            grad.contiguous().view(folded),
-            x.view(folded),
-            mean.view(1, -1),
-            rstd.view(1, -1),
-            weight.repeat(num_rows),
-            *folded,
-            num_rows * ctx.groups,
-            [ctx.needs_input_grad[0], True, True],
-        )
-        return (
-            of_x.view(x.shape) if ctx.needs_input_grad[0] else None,
-            None,
-            None,
-            sum_draws(of_weight.view(num_rows, width), ctx.num_draws),
-            sum_draws(of_bias.view(num_rows, width), ctx.num_draws) if ctx.has_bias else None,
-            None,
-            None,
-        )
 
 
 class EmbeddingRule(torch.autograd.Function):

@@ -40,5 +40,5 @@ def test_each_easy_stage_warms_up_and_guidance_doubles_the_passes():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_plan_for_gpus_is_not_timed_on_cores():
-    with pytest.raises(InputError, match="scaling.use_gpu=True: expected a GPU on this machine"):
+    with pytest.raises(InputError, match=r"scaling\.use_gpu=True: expected a GPU on this machine"):
         gradients_per_second(replace(CONFIG, scaling=replace(CONFIG.scaling, use_gpu=True)), 10)
