@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from small_runs import CLASSES, FINETUNE, NUM_RECORDS, WARMUP, new_network, records
 
 from e2h.curriculum import warmup
-from e2h.curriculum.batches import addressed_seeds, make_batch, work_units
+from e2h.curriculum.batches import addressed_seeds, make_batch, one_ahead, work_units
 from e2h.curriculum.finetune import _micro_batch
 from e2h.curriculum.warmup import shift
 from e2h.curriculum.workers import Workers
@@ -107,3 +108,24 @@ def test_each_draw_of_a_record_has_its_own_augmentation():
     network = new_network()
     same = {**plain, "images": plain["images"][:, None].expand(-1, 40, -1, -1, -1)}
     assert torch.allclose(micro_batch_loss(network, same), micro_batch_loss(network, plain))
+
+
+def test_a_thread_makes_one_ahead_in_order_and_its_failure_is_that_of_the_loop():
+    made, used = [], []
+
+    def make(item):
+        made.append(item)
+        if item == 4:
+            raise ValueError("no fourth")
+        return item * 10
+
+    with pytest.raises(ValueError, match="no fourth"):
+        for value in one_ahead(make, iter(range(1, 9))):
+            used.append(value)
+            assert len(made) <= len(used) + 1
+    assert used == [10, 20, 30]
+    assert made[:4] == [1, 2, 3, 4]
+    assert len(made) <= 5
+    assert list(one_ahead(make, [])) == []
+    assert list(one_ahead(make, [7])) == [70]
+    assert not any(one.name.startswith("ahead") for one in threading.enumerate())
