@@ -119,10 +119,13 @@ def test_a_thread_makes_one_ahead_in_order_and_its_failure_is_that_of_the_loop()
             raise ValueError("no fourth")
         return item * 10
 
-    with pytest.raises(ValueError, match="no fourth"):
+    def use_all() -> None:
         for value in one_ahead(make, iter(range(1, 9))):
             used.append(value)
             assert len(made) <= len(used) + 1
+
+    with pytest.raises(ValueError, match="no fourth"):
+        use_all()
     assert used == [10, 20, 30]
     assert made[:4] == [1, 2, 3, 4]
     assert len(made) <= 5
