@@ -45,6 +45,7 @@ PRIVACY_WITH_TORCH = {
     "layers.py",
     "group_norm.py",
     "kernels.py",
+    "compiling.py",
 }
 FRONT_DOOR = ("__init__", "api")  # `from e2h import run`: asked for by name, loaded then
 MAX_LINES = 300

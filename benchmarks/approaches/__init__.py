@@ -66,7 +66,7 @@ def e2h_engine(name: str) -> Callable[[UNet, dict[str, Tensor], int, argparse.Na
         engine = make_engine(
             name, network, micro_batch_loss, CLIP_NORM, num_draws, dtype=options.dtype, compiled=options.compile
         )
-        weights = torch.ones(len(batch["labels"]), device=options.device)
+        weights = torch.ones(len(batch["labels"]))
         total = torch.zeros(sum(p.numel() for p in network.parameters()), dtype=torch.int64, device=options.device)
         return lambda: total.add_(engine.accumulate(batch, weights).vector)
 

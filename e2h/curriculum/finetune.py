@@ -8,7 +8,6 @@ happen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,8 +63,7 @@ def finetune(
     workers.agree(digest([private.domain, first]), "checkpoints or domains")
     engine = private_engine(network, micro_batch_loss, settings)
     shape = records.images.shape[1:]
-    flat = replace(engine, clipping="flat")
-    workers.all_or_none(lambda: check_places(flat, network, settings, physical_batch_size, shape))
+    check_places(engine, network, settings, physical_batch_size, shape, workers)
     last, paid_until = min(until or private.release.event.count, private.release.event.count), first
     for step, selected in draws(private, range(first, last), records):
         if step >= paid_until:

@@ -56,7 +56,7 @@ def fit_generator(embeddings: np.ndarray, query: FrequencyQuery, seed: int) -> G
     Args:
       embeddings: float64 [num_classes, num_features], `FrequencyQuery.embeddings`.
       query: the query they are of; `query.frequency.generator_steps` steps are made.
-      seed: public; the same seed, thread count and device give the same generator.
+      seed: public; on a CPU the same seed and thread count give the same generator.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps, features = query.frequency.generator_steps, feature_map(query, device)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,17 @@ def _or_none(read: Callable[[], Any]) -> Any:
 def machine(*also: object) -> str:
     """Digest of the processor, the numerical libraries, and whatever else is given."""
     libraries = [version(name) for name in ("torch", "numpy", "opacus")]
+    with suppress(PackageNotFoundError):
+        libraries.append(version("triton"))
     libraries += [str(torch.version.cuda), str(torch.backends.cudnn.version())]
     switches = [os.environ.get(name, "") for name in SWITCHES]
+    switches += [f"{name}={value}" for name, value in sorted(os.environ.items()) if _chooses_code(name)]
     return digest([_processor(), *switches, *libraries, *(str(one) for one in also)])
+
+
+def _chooses_code(name: str) -> bool:
+    """Whether an environment variable is a switch of torch's or Triton's compiler; where they keep files is none."""
+    return name.startswith(("TORCHINDUCTOR_", "TRITON_")) and not name.endswith(("_DIR", "_THREADS"))
 
 
 def _processor() -> list[str]:

@@ -130,7 +130,7 @@ def private_micro_batch(network: UNet, settings: FinetuneConfig, size: int, imag
     device = next(network.parameters()).device
     images, labels = np.zeros((size, image_size, image_size, channels), np.uint8), np.zeros(size, np.int64)
     batch = make_batch(images, labels, list(range(size)), settings.noise_multiplicity, 0.0, network.num_classes)
-    engine.accumulate({name: value.to(device) for name, value in batch.items()}, torch.ones(size, device=device))
+    engine.accumulate({name: value.to(device) for name, value in batch.items()}, torch.ones(size))
 
 
 def memory_of(work: Callable[[], object], device: torch.device) -> int:

@@ -16,6 +16,7 @@ from e2h.curriculum.checkpoint import Checkpoints
 from e2h.curriculum.workers import Workers, on_grid
 from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
+from e2h.privacy.compiling import compiled
 
 # Units of a step: enough for several workers to share it.
 UNITS_PER_STEP = 4
@@ -78,7 +79,7 @@ def _losses(network: UNet, warmup: WarmupConfig) -> Callable[[dict[str, Tensor]]
         with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=warmup.dtype == "bfloat16"):
             return micro_batch_loss(network, batch)
 
-    return torch.compile(losses, fullgraph=True, dynamic=False) if warmup.compile else losses
+    return compiled(losses) if warmup.compile else losses
 
 
 def _units(

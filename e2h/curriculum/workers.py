@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 
 # Gradients as whole multiples of 2^-36: integer sums don't depend on the order, hence not on the number of workers.
 GRADIENT_GRID = 2.0**36
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Workers:
     def current(device: torch.device | str = "cpu") -> Workers:
         """The default process group, or this process alone where there is none."""
         if dist.is_available() and dist.is_initialized():
-            return Workers(dist.get_rank(), dist.get_world_size(), torch.device(device))
-        return Workers(0, 1, torch.device(device))
+            return Workers(dist.get_rank(), dist.get_world_size(), _numbered(device))
+        return Workers(0, 1, _numbered(device))
 
     def sum_integers(self, values: Tensor) -> None:
         """Sums an int64 tensor over all workers, in place."""
@@ -54,11 +57,11 @@ class Workers:
         if len(self.distinct(digest)) > 1:
             raise RuntimeError(f"the workers of the group hold different {on}; the group must start anew")
 
-    def all_or_none(self, check: Callable[[], None]) -> None:
-        """Runs `check` on every worker; what it raises on one ends all, before any of them goes on."""
+    def all_or_none(self, check: Callable[[], Result]) -> Result:
+        """What `check` returns here; what it raises on one worker ends all, before any of them goes on."""
         failure: Exception | None = None
         try:
-            check()
+            found = check()
         except Exception as error:
             failure = error
         verdicts = self.distinct("00" if failure is None else "01")
@@ -66,6 +69,7 @@ class Workers:
             raise failure
         if len(verdicts) > 1:
             raise RuntimeError("a check failed on another worker, which says why")
+        return found
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], units: list[Tensor]) -> None:
         """Writes to `grad` the sum of all units of all workers; bit-identical for any number of them.
@@ -80,6 +84,12 @@ class Workers:
         summed = (total.double() / GRADIENT_GRID).float()
         for parameter, part in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
+
+
+def _numbered(device: torch.device | str) -> torch.device:
+    """With its number: to a thread that is started later, a bare "cuda" would be the first."""
+    found = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 def is_out_of_memory(error: Exception) -> bool:

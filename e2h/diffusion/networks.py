@@ -213,8 +213,6 @@ class UNet(nn.Module):
         """
         embedding = self._embedding(noise_label, labels)
         hidden = self.conv_in(x)
-        if hidden.is_cuda:
-            hidden = hidden.contiguous(memory_format=torch.channels_last)  # what its convolutions are fast in
         skips = [hidden]
         for block in self.down:
             hidden = block(hidden, embedding)

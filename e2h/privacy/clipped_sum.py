@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from e2h.errors import InputError
+from e2h.privacy.compiling import kernels
 
 GRID_BITS = 30
 MARGIN = 2.0**-10
@@ -67,7 +66,6 @@ def clip_and_sum(
     max_grad_norm: float,
     clipping: str = "flat",
     norm_threshold: float = 1.0,
-    compiled: bool = False,
 ) -> ClippedSum:
     """Clips each example's gradient over all P parameters, rounds it to the grid and sums exactly.
 
@@ -90,12 +88,11 @@ def clip_and_sum(
     An example of weight 0 or with a non-finite gradient contributes exactly 0 and changes no other.
 
     Args:
-      gradients: [B, p] float32 or float64 for each parameter; overwritten.
+      gradients: [B, p] float32 or float64 for each parameter; may be overwritten.
       weights: [B] of 0 and 1, there or on the CPU.
       losses: [B].
       max_grad_norm: C, above 0.
       clipping, norm_threshold: see `clip_factors`.
-      compiled: on a GPU, one pass over the gradients instead of five, through `torch.compile`; the same integers.
 
     Raises:
       ValueError: on gradients of another type, for which 2. does not hold.
@@ -104,8 +101,8 @@ def clip_and_sum(
         raise ValueError("gradients: expected float32 or float64; in half precision the bound does not hold")
     on_gpu = gradients[0].is_cuda
     blocks = _blocks(gradients, *(GPU_BLOCKS if on_gpu else _cpu_blocks(len(losses))))
-    square_norms, grid_sum = _compiled_passes() if on_gpu and compiled else (_square_norms, _grid_sum)
     if on_gpu:
+        square_norms = kernels.square_norms if kernels is not None else _square_norms
         norms = torch.stack([square_norms(block) for block in blocks]).sum(dim=0).sqrt()
     else:
         partial_norms = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in blocks]
@@ -113,14 +110,11 @@ def clip_and_sum(
     factors = clip_factors(norms, max_grad_norm, clipping, norm_threshold) * weights.to(norms.device, non_blocking=True)
     scales = (factors * (2.0**GRID_BITS / max_grad_norm)).clamp(max=torch.finfo(torch.float32).max)
     if on_gpu:
-        sums = [grid_sum(block, scales, torch.isfinite(norms)) for block in blocks]
+        grid_sum, finite = kernels.grid_sum if kernels is not None else _grid_sum, torch.isfinite(norms)
+        sums = [grid_sum(block, scales.to(block.dtype), finite) for block in blocks]
     else:
         sums = _grid_sums_in_place(blocks, scales, torch.nonzero(~torch.isfinite(norms)).flatten())
     return ClippedSum(torch.cat(sums), int(weights.sum()), losses, norms)
-
-
-def _square_norms(block: Tensor) -> Tensor:
-    return block.to(torch.float64).square().sum(dim=1)
 
 
 def _grid_sums_in_place(blocks: list[Tensor], scales: Tensor, dropped: Tensor) -> list[Tensor]:
@@ -133,16 +127,15 @@ def _grid_sums_in_place(blocks: list[Tensor], scales: Tensor, dropped: Tensor) -
     return sums
 
 
+def _square_norms(block: Tensor) -> Tensor:
+    """As `kernels.square_norms`, for a GPU without Triton."""
+    return block.to(torch.float64).square().sum(dim=1)
+
+
 def _grid_sum(block: Tensor, scales: Tensor, finite: Tensor) -> Tensor:
-    """The same without waiting for the device, whose memory is written once: steps that a compiler makes one of."""
-    on_grid = torch.where(finite[:, None], block * scales.to(block.dtype)[:, None], 0.0).round()
+    """As `kernels.grid_sum`, for a GPU without Triton; unlike the one in place, it doesn't wait for the device."""
+    on_grid = torch.where(finite[:, None], block * scales[:, None], 0.0).round()
     return on_grid.to(torch.float64).sum(dim=0).to(torch.int64)
-
-
-@functools.cache
-def _compiled_passes() -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    one, other = (torch.compile(function, fullgraph=True, dynamic=True) for function in (_square_norms, _grid_sum))
-    return one, other
 
 
 def _cpu_blocks(num_examples: int) -> tuple[int, int]:

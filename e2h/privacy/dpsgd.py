@@ -99,7 +99,6 @@ class Engine:
     max_grad_norm: float
     clipping: str = "flat"
     norm_threshold: float = 1.0
-    compiled: bool = False
 
     def accumulate(self, batch: Batch, weights: Tensor) -> ClippedSum:
         """Sums the clipped gradients of one micro-batch; keeps no gradients and leaves the network as it was.
@@ -124,8 +123,7 @@ class Engine:
             vector = empty.new_zeros(sum(p.numel() for p in parameters), dtype=torch.int64)
             return ClippedSum(vector, 0, empty, empty.double())
         gradients, losses = self.per_example(batch, num_examples)
-        clip = self.max_grad_norm, self.clipping, self.norm_threshold
-        return clip_and_sum(gradients, weights, losses, *clip, compiled=self.compiled)
+        return clip_and_sum(gradients, weights, losses, self.max_grad_norm, self.clipping, self.norm_threshold)
 
 
 def make_engine(
@@ -170,7 +168,7 @@ def make_engine(
         per_example: Callable[[Batch, int], Gradients] = Folded(network, loss, noise_multiplicity, compiled)
     else:
         per_example = partial(_REFERENCES[name], network, loss, noise_multiplicity)
-    return Engine(network, per_example, max_grad_norm, clipping, norm_threshold, compiled)
+    return Engine(network, per_example, max_grad_norm, clipping, norm_threshold)
 
 
 def _check_network(network: nn.Module) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from e2h.errors import InputError
+from e2h.privacy import compiling
 from e2h.privacy.group_norm import GroupNormRule, StridedGroupNormRule
 from e2h.privacy.layers import Conv2dRule, EmbeddingRule, LinearRule
 
@@ -94,7 +95,7 @@ class Folded:
         self.num_examples = 0
         self.taps: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.entered: set[str] = set()
-        self.compiled = torch.compile(self._run, fullgraph=True) if compiled else None
+        self.compiled = compiling.compiled(self._run) if compiled else None
 
     def __call__(self, batch: dict[str, Tensor], num_examples: int) -> tuple[list[Tensor], Tensor]:
         """The gradients of one micro-batch.

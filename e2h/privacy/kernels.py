@@ -1,7 +1,8 @@
-"""Per-example weight gradients of convolutions on a GPU: one Triton kernel, for half precision.
+"""Kernels for a GPU: per-example weight gradients of convolutions in half precision, and the two passes of the clip.
 
-cuDNN's grouped convolutions, which serve a CPU well, are the slow way there (docs/scale.md). One program makes one tile
-of one example's gradient, over all of its draws, so a record's bits hang on nothing but the record.
+cuDNN's grouped convolutions, which serve a CPU well, are the slow way there (docs/LOG.md, 2026-11-29). In each kernel
+the order of a sum is written down, and nothing is chosen by the clock: one program makes one tile of one example's
+gradient, over all of its draws, so a record's bits hang on nothing but the record.
 """
 
 from __future__ import annotations
@@ -85,3 +86,61 @@ def conv_weight_gradient(
         rows, columns, PIXELS,
     )  # fmt: skip
     return out.transpose(2, 3).flatten(1)  # a copy, which is faster than a kernel that writes numbers far apart
+
+
+NORM_COLUMNS, SUM_ROWS, SUM_COLUMNS = 1024, 16, 128  # numbers that a program has in hand
+ROWS_OF_A_PROGRAM = 256
+
+
+@triton.jit
+def _square_norm_of_row(block, out, row_stride, columns, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((COLUMNS,), dtype=tl.float64)
+    for start in range(0, columns, COLUMNS):
+        places = start + tl.arange(0, COLUMNS)
+        values = tl.load(block + row * row_stride + places, mask=places < columns, other=0.0).to(tl.float64)
+        total += values * values
+    tl.store(out + row, tl.sum(total, axis=0))
+
+
+def square_norms(block: Tensor) -> Tensor:
+    """Squared L2 norm of each row of float [B, p], summed in float64: float64 [B]."""
+    out = torch.empty(len(block), dtype=torch.float64, device=block.device)
+    _square_norm_of_row[(len(block),)](block, out, block.stride(0), block.shape[1], NORM_COLUMNS)
+    return out
+
+
+@triton.jit
+def _grid_sum_of_columns(
+    block, scales, finite, out, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr
+):
+    """out[part, column] = sum over the part's rows of round(block * scale), whole numbers in float64: exact."""
+    places = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float64)
+    for start in range(0, ALL, ROWS):
+        row = tl.program_id(1) * ALL + start + tl.arange(0, ROWS)
+        taken = row < rows
+        kept = taken & (tl.load(finite + row, mask=taken, other=0) != 0)
+        scale = tl.load(scales + row, mask=taken, other=0.0)
+        at = block + row[:, None].to(tl.int64) * row_stride + places[None, :]
+        values = tl.load(at, mask=kept[:, None] & (places < columns)[None, :], other=0.0) * scale[:, None]
+        # To the nearest whole number, ties to even: beyond 2^52 float64 has no fractions.
+        total += (values.to(tl.float64) + 6755399441055744.0) - 6755399441055744.0
+    tl.store(out + tl.program_id(1) * columns + places, tl.sum(total, axis=0), mask=places < columns)
+
+
+def grid_sum(block: Tensor, scales: Tensor, finite: Tensor) -> Tensor:
+    """Sum over rows of round(block * scales), the product in the type of `block`; int64 [p].
+
+    Args:
+      block: float [B, p] in grid steps once scaled: below 2^31.
+      scales: [B], in the type of `block`.
+      finite: bool [B]; a row that is not is left out.
+    """
+    num_parts = triton.cdiv(len(block), ROWS_OF_A_PROGRAM)
+    out = torch.empty(num_parts, block.shape[1], dtype=torch.float64, device=block.device)
+    _grid_sum_of_columns[(triton.cdiv(block.shape[1], SUM_COLUMNS), num_parts)](
+        block, scales, finite.to(torch.int8), out, len(block), block.shape[1], block.stride(0),
+        SUM_ROWS, SUM_COLUMNS, ROWS_OF_A_PROGRAM,
+    )  # fmt: skip
+    return out.sum(dim=0).to(torch.int64)

@@ -22,10 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
-try:
-    from e2h.privacy import kernels
-except ImportError:  # torch without Triton, as its builds for CPUs are
-    kernels = None  # type: ignore[assignment]
+from e2h.privacy.compiling import kernels
 
 Gradient = tuple[Tensor | None, ...]
 

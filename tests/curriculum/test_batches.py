@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -131,4 +132,12 @@ def test_a_thread_makes_one_ahead_in_order_and_its_failure_is_that_of_the_loop()
     assert len(made) <= 5
     assert list(one_ahead(make, [])) == []
     assert list(one_ahead(make, [7])) == [70]
+    made.clear()
+    values = one_ahead(make, [7, 8, 9])
+    next(values)
+    until = time.monotonic() + 10
+    while len(made) < 2:  # the second is made although nobody has asked for it
+        assert time.monotonic() < until
+    values.close()
+    assert made == [7, 8]
     assert not any(one.name.startswith("ahead") for one in threading.enumerate())

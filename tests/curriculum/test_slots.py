@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +13,8 @@ import torch
 from e2h.config import FinetuneConfig, ModelConfig
 from e2h.curriculum.batches import make_batch
 from e2h.curriculum.finetune import micro_batch_loss, private_engine
-from e2h.curriculum.slots import check_places, largest_move
+from e2h.curriculum.slots import check_places, contributions, largest_move
+from e2h.curriculum.workers import Workers
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
 from e2h.settings import compose
@@ -55,15 +56,32 @@ def test_neither_the_place_nor_the_neighbours_of_a_record_change_its_gradient(de
     torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True)
 class Misplacing:
     """An engine whose last place gives other last bits, as kernels with a tail do; a contribution has length 2^30."""
 
-    def __init__(self, network: UNet, move: int) -> None:
-        self.network, self.move = network, move
+    network: UNet
+    move: int
+    clipping: str = "normalized"
+    error: Exception | None = None
 
     def accumulate(self, batch, weights):
+        assert self.clipping == "flat"
         assert all(p.abs().max() > 0 for p in self.network.parameters())  # else no bit comes through
+        if self.error is not None:
+            raise self.error
         return SimpleNamespace(vector=torch.tensor([2**30, self.move * int(weights[-1])]))
+
+
+@dataclass(frozen=True)
+class Beside(Workers):
+    """One of two workers, whose other adds `other` to every sum."""
+
+    other: tuple[int, int] = (2**30, 0)
+
+    def sum_integers(self, values):
+        if values.shape == (2,):
+            values += torch.tensor(self.other)
 
 
 def new_network() -> UNet:
@@ -85,7 +103,7 @@ def test_training_begins_where_the_clip_covers_all_moves_of_a_draw(move, batch, 
     network = new_network()
     before = [parameter.clone() for parameter in network.parameters()]
     settings = FinetuneConfig(expected_batch_size=batch, noise_multiplicity=1, clipping=clipping)
-    call = partial(check_places, Misplacing(network, move), network, settings, 4, (8, 8, 1))
+    call = partial(check_places, Misplacing(network, move), network, settings, 4, (8, 8, 1), Workers.current())
     if covered:
         call()
     else:
@@ -94,19 +112,42 @@ def test_training_begins_where_the_clip_covers_all_moves_of_a_draw(move, batch, 
     assert all(map(torch.equal, network.parameters(), before))
 
 
+@pytest.mark.parametrize(("move", "batch", "covered"), [(0, 10**6, True), (500, 256, True), (500, 4096, False)])
+def test_a_worker_that_gives_other_bits_counts_as_a_place_that_does(move, batch, covered):
+    network, settings = new_network(), FinetuneConfig(expected_batch_size=batch, noise_multiplicity=1)
+    workers = Beside(0, 2, torch.device("cpu"), (2**30, 2 * move))
+    call = partial(check_places, Misplacing(network, 0), network, settings, 4, (8, 8, 1), workers)
+    if covered:
+        call()
+    else:
+        with pytest.raises(InputError, match="place or worker"):
+            call()
+
+
+def test_weights_are_as_before_when_the_trial_fails():
+    network = new_network()
+    before = [parameter.clone() for parameter in network.parameters()]
+    full = Misplacing(network, 0, error=MemoryError("full"))
+    with pytest.raises(MemoryError, match="full"):
+        check_places(full, network, FinetuneConfig(), 4, (8, 8, 1), Workers.current())
+    assert all(map(torch.equal, network.parameters(), before))
+
+
 def test_a_unit_of_one_has_one_place():
     network = new_network()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1)
-    assert largest_move(Misplacing(network, 9), network, FinetuneConfig(), 1, (8, 8, 1)) == 0
+    assert len(contributions(Misplacing(network, 9, "flat"), network, FinetuneConfig(), 1, (8, 8, 1))) == 1
 
 
-def test_a_gradient_that_says_nothing_is_refused():
-    silent = SimpleNamespace(
-        accumulate=lambda batch, weights: SimpleNamespace(vector=torch.zeros(3, dtype=torch.int64))
-    )
-    assert largest_move(silent, new_network(), FinetuneConfig(), 4, (8, 8, 1)) == np.inf
+def test_moves_are_bounded_over_places_and_workers():
+    own = [torch.tensor([100, 0]), torch.tensor([100, 3])]
+    assert largest_move(own[:1], own[0], 1) == 0
+    assert largest_move(own, own[0], 1) == pytest.approx(0.06)
+    assert largest_move(own, own[0] + torch.tensor([100, 8]), 2) == pytest.approx(2 * (3 + 4) / 100)
+    silent = [torch.zeros(3, dtype=torch.int64)]  # says nothing of the places, and is refused
+    assert largest_move(silent, silent[0], 1) == np.inf
 
 
 def test_the_networks_of_the_presets_have_the_same_bits_in_every_place():
@@ -115,4 +156,4 @@ def test_the_networks_of_the_presets_have_the_same_bits_in_every_place():
         network = UNet.from_config(config.model, config.data.image_size, 1, 10, 0)
         engine = private_engine(network, micro_batch_loss, config.finetune)
         strict = replace(config.finetune, clipping="global")
-        check_places(engine, network, strict, 8, (config.data.image_size,) * 2 + (1,))
+        check_places(engine, network, strict, 8, (config.data.image_size,) * 2 + (1,), Workers.current())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +19,10 @@ from e2h.curriculum.batches import make_batch
 from e2h.curriculum.finetune import private_engine
 from e2h.curriculum.machine import fixed_kernels
 from e2h.curriculum.slots import check_places
+from e2h.curriculum.workers import Workers
 from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
+from e2h.privacy import clipped_sum
 from e2h.privacy.clipped_sum import clip_and_sum
 from e2h.privacy.dpsgd import make_engine
 
@@ -79,19 +85,58 @@ def test_the_engine_equals_the_loop(compiled, dtype, error):
     assert torch.equal(found.vector, fast.accumulate(batch, weights).vector)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("clipping", ["flat", "normalized", "global"])
-def test_the_sum_on_a_gpu_is_the_sum_on_a_cpu(clipping, compiled):
+def test_the_sum_on_a_gpu_is_the_sum_on_a_cpu(clipping, triton, monkeypatch):
+    if not triton:
+        monkeypatch.setattr(clipped_sum, "kernels", None)
     random = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(9, size, generator=random) for size in (3, 700, 4000)]
+    gradients = [torch.randn(9, size, generator=random) for size in (3, 700, 9000)]
     gradients[1][2], gradients[2][4, 5] = float("inf"), float("nan")
     weights, losses = torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 0, 1]), torch.zeros(9)
-    rule = 1.5, clipping, 69.0
-    there = clip_and_sum([one.cuda() for one in gradients], weights, losses.cuda(), *rule, compiled=compiled)
+    rule = 1.5, clipping, 100.0
+    there = clip_and_sum([one.cuda() for one in gradients], weights, losses.cuda(), *rule)
     here = clip_and_sum([one.clone() for one in gradients], weights, losses, *rule)
     assert there.count == here.count == 7
     assert (there.vector.cpu() - here.vector).abs().max() <= 9  # a norm's last bit may round a coordinate elsewhere
     assert here.vector.abs().max() > 2**20
+
+
+@fixed_kernels()
+def test_opacus_and_the_loop_agree_on_a_gpu():
+    network, batch = network_and_batch(draws=2)
+    found, exact = (
+        make_engine(name, network, micro_batch_loss, 0.3, 2).accumulate(batch, torch.ones(6)).vector.double()
+        for name in ("opacus", "loop")
+    )
+    assert (found - exact).norm() < 2e-5 * exact.norm()
+
+
+FRESH = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_gpu import fixed_kernels, make_engine, micro_batch_loss, network_and_batch
+network, batch = network_and_batch(draws=2)
+with fixed_kernels():
+    engine = make_engine("folded", network, micro_batch_loss, 0.3, 2, dtype="bfloat16", compiled=True)
+    print(hash(engine.accumulate(batch, torch.ones(6)).vector.cpu().numpy().tobytes()))
+"""
+
+
+def test_two_processes_compile_the_same_bits(tmp_path):
+    """A step that is made again elsewhere has the noise of the first: it must have the bits, too."""
+    printed = set()
+    for folder in ("one", "other"):
+        caches = {name: str(tmp_path / folder) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        called = subprocess.run(
+            [sys.executable, "-c", FRESH, str(Path(__file__).parent)],
+            env={**os.environ, **caches, "PYTHONHASHSEED": "0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        printed.add(called.stdout)
+    assert len(printed) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -101,4 +146,4 @@ def test_a_record_has_the_same_bits_in_every_place_of_a_unit(compiled, dtype):
     network, _ = network_and_batch(draws=1)
     settings = FinetuneConfig(noise_multiplicity=2, dtype=dtype, compile=compiled)
     engine = private_engine(network, micro_batch_loss, settings)
-    check_places(engine, network, replace(settings, clipping="global"), 64, (8, 8, 1))
+    check_places(engine, network, replace(settings, clipping="global"), 64, (8, 8, 1), Workers.current("cuda"))

@@ -33,3 +33,19 @@ def test_a_rule_gives_the_gradients_of_each_example(rule, shape, groups, draws):
         # torch 2.13 crashes where such rows lie channels last and want no gradient themselves.
         expected = torch.autograd.grad(layer(x[rows].detach().contiguous()), [layer.weight, layer.bias], of_y[rows])
         assert all(torch.allclose(found[i], one) for found, one in zip(of_taps, expected, strict=True))
+
+
+@pytest.mark.parametrize("rule", [GroupNormRule, StridedGroupNormRule])
+def test_a_layer_without_bias_and_an_input_without_gradient(rule):
+    torch.manual_seed(0)
+    layer = nn.GroupNorm(2, 6).double()
+    nn.init.normal_(layer.weight)
+    x = torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    tap = torch.zeros(4, 6, dtype=torch.float64, requires_grad=True)
+    y = rule.apply(x, layer.weight, None, tap, None, layer, 1)
+    assert torch.allclose(y, layer(x))
+    of_y = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, tap, of_y)
+    for i in range(4):
+        (expected,) = torch.autograd.grad(layer(x[i : i + 1]), layer.weight, of_y[i : i + 1])
+        assert torch.allclose(found[i], expected)
