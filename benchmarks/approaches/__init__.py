@@ -55,7 +55,9 @@ def loss_of(dtype: str, device: str) -> Callable[[Callable[..., Tensor], dict[st
 
 
 def plain(network: UNet, batch: dict[str, Tensor], num_draws: int, options: argparse.Namespace) -> Step:
-    """The ordinary step: mean loss, dense gradients, added up."""
+    """The ordinary step: mean loss, dense gradients, added up; on a GPU with channels last, where it is fastest."""
+    if options.device == "cuda":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = loss_of(options.dtype, options.device)
     run = torch.compile(network) if options.compile else network
     return lambda: loss(run, batch).mean().backward()
