@@ -39,8 +39,7 @@ EPSILONS = (1, 10)
 SMALL = ["finetune.num_steps=4", "finetune.expected_batch_size=64", "finetune.noise_multiplicity=1"]
 SMALL += ["finetune.compile=false", "sampling.compile=false", "finetune.dtype=float32", "sampling.dtype=float32"]
 SMALL += ["warmup.num_steps=10", "sampling.num_images=100", "sampling.num_steps=3", "evaluation.cnn_epochs=1"]
-
-
+TESTS = ["tests/privacy/test_gpu.py", "tests/curriculum/test_slots.py", "tests/evaluation/test_inception.py"]
 EXPERIMENTS = {("mnist", 1): "mnist_eps1_gpu", ("mnist", 10): "mnist_eps10_gpu"}  # others: `gpu`
 
 
@@ -62,8 +61,8 @@ def parts(given: argparse.Namespace) -> list[Part]:
         return runs or [_quality("digits", None, 10, given)]
     if not torch.cuda.is_available():
         return runs
-    # Without the project's conftest, which needs packages that a machine with a GPU may lack.
-    tests = ["-m", "pytest", "--tb=short", "--noconftest", "--override-ini=addopts=", "-q", "-m", "gpu", "tests"]
+    # Without the project's conftest and other tests, which need packages that a machine with a GPU may lack.
+    tests = ["-m", "pytest", "--tb=short", "--noconftest", "--override-ini=addopts=", "-q", "-m", "gpu", *TESTS]
     on_gpu = ["--device", "cuda", "--dtype", "bfloat16", "--compile", "--json"]
     compared = ["--image-sizes", "28", "--noise-multiplicities", "1", "4", "--approaches", "folded", "--rounds", "5"]
     return [
@@ -91,7 +90,6 @@ def _quality(data: str, path: Path | None, epsilon: float, given: argparse.Names
 
 def run_part(part: Part, out: Path, limit_s: float) -> str:
     """`done`, `stopped`, `failed` or `cut off`; what it prints goes to a file of its name."""
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests" / "privacy"), os.environ.get("PYTHONPATH")]))
     with open(out / f"{part.name}.log", "ab") as log:
         try:
             called = subprocess.run(
@@ -101,13 +99,19 @@ def run_part(part: Part, out: Path, limit_s: float) -> str:
                 stderr=log,
                 timeout=limit_s,
                 check=False,
-                env={**os.environ, "PYTHONPATH": path},
+                env=environment(),
             )
         except subprocess.TimeoutExpired:
             return "cut off"
     if called.returncode:
         return "failed"
     return "stopped" if "--before" in part.command else "done"
+
+
+def environment() -> dict[str, str]:
+    """In which e2h and what its tests share can be imported without being installed."""
+    folders = [str(ROOT), str(ROOT / "tests" / "privacy"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def run_all(given: argparse.Namespace) -> dict[str, str]:
@@ -150,14 +154,13 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="on the CPU, on a few images")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        given.out = given.out or Path(folder)
-        given.out = given.out.resolve()
+        given.out = (given.out or Path(folder)).resolve()
         given.out.mkdir(parents=True, exist_ok=True)
         states = run_all(given)
         rows = given.out / "quality.jsonl"
         if rows.exists():
             command = [sys.executable, "benchmarks/quality.py", "--table", "--rows", str(rows)]
-            subprocess.run(command, cwd=ROOT, check=True)
+            subprocess.run(command, cwd=ROOT, check=True, env=environment())
     return 0 if all(state in ("done", "stopped") for state in states.values()) else 1
 
 

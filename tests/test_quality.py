@@ -127,3 +127,11 @@ def test_a_run_goes_on_elsewhere_from_the_stage_before_which_it_stopped(tmp_path
     assert row["hardware"] == "1 x NVIDIA H200 + 1 CPU core"
     assert row["minutes_on"]["1 x NVIDIA H200"] == 3
     assert (root / "synthetic" / "grid.png").stat().st_mtime_ns == made
+
+
+def test_the_tests_for_a_gpu_are_all_named():
+    tests = BENCHMARKS.parent / "tests"
+    marked = {
+        path for path in tests.rglob("test_*.py") if "pytest.mark.gpu" in path.read_text() and path != Path(__file__)
+    }
+    assert {path.relative_to(BENCHMARKS.parent).as_posix() for path in marked} == set(gpu.TESTS)
