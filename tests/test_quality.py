@@ -108,21 +108,24 @@ def test_the_parts_of_a_gpu_fit_25_minutes_and_the_quick_ones_need_none(tmp_path
     )
 
 
-def test_a_run_goes_on_elsewhere_from_the_stage_before_which_it_stopped(tmp_path):
+def test_a_run_goes_on_elsewhere_from_the_stage_before_which_it_stopped(tmp_path, monkeypatch, capsys):
     """Its first and its last stages need no GPU; what they take is told apart."""
-    words = ["demo", "--alone", "--storage", str(tmp_path / "runs"), "--rows", str(tmp_path / "rows.jsonl")]
-    call = [sys.executable, "quality.py", *words, "--set", *quality.QUICK, "sampling.num_images=100"]
+
+    def call(*before: str) -> None:
+        words = ["demo", "--alone", "--storage", str(tmp_path / "runs"), "--rows", str(tmp_path / "rows.jsonl")]
+        short = [*quality.QUICK, "sampling.num_images=100", "model.base_width=8", "privacy.epsilon=1"]
+        monkeypatch.setattr(sys, "argv", ["quality.py", *words, *before, "--set", *short])
+        quality.main()
+
     for before, missing in (("train", "checkpoints"), ("evaluate", "release")):
-        stopped = subprocess.run(
-            [*call, "--before", before], cwd=BENCHMARKS, capture_output=True, text=True, check=True
-        )
-        assert f"stopped before {before}" in stopped.stdout
+        call("--before", before)
+        assert f"stopped before {before}" in capsys.readouterr().out
         (root,) = (path for path in (tmp_path / "runs").iterdir() if (path / "config.yaml").exists())
         assert not (root / missing).exists()
     made = (root / "synthetic" / "grid.png").stat().st_mtime_ns
     minutes = next((tmp_path / "runs").glob("*.minutes"))
     minutes.write_text(json.dumps({"1 x NVIDIA H200": 3.0}))  # as if those stages had been elsewhere
-    subprocess.run(call, cwd=BENCHMARKS, capture_output=True, check=True)
+    call()
     (row,) = quality.read_rows(tmp_path / "rows.jsonl")
     assert row["hardware"] == "1 x NVIDIA H200 + 1 CPU core"
     assert row["minutes_on"]["1 x NVIDIA H200"] == 3

@@ -52,13 +52,15 @@ def test_every_step_has_a_checkpoint_once_a_machine_must_leave(tmp_path, saves):
 
 @dataclass(frozen=True)
 class Second(Workers):
-    """The second of two workers, the first being made up: it pays for all steps and contributes nothing."""
+    """The second of two workers, the first being made up: it pays for all steps and contributes what this one does."""
 
     states: int = 1
 
     def sum_integers(self, values: torch.Tensor) -> None:
         if values.numel() == 1:
             values.fill_(STEPS)
+        else:
+            values *= 2
 
     def distinct(self, digest: str) -> list[str]:
         return ["0" * len(digest)] * (self.states - 1) + [digest]
@@ -66,7 +68,7 @@ class Second(Workers):
 
 def test_all_workers_ask_for_notice_and_the_first_alone_writes(tmp_path, saves, monkeypatch):
     asked = []
-    # It would miss what the first worker is to contribute.
+    # It would count the records twice.
     monkeypatch.setattr(SecureDPOptimizer, "step_private", lambda *_: None)
     training = Training(tmp_path, settings=RARELY, leaving=lambda step: bool(asked.append(step)))
     training.run(Second(1, 2, torch.device("cpu")))

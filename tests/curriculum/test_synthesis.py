@@ -162,7 +162,7 @@ def test_the_size_of_a_batch_follows_from_the_device_and_the_shard():
     assert (size(28), size(64, width=32), size(128, width=64)) == (10, 4, 1)
     assert size(28, guidance=1.0) == 5
     assert size(8, width=16, num_images=20) == 20
-    assert (size(device="cuda"), size(device="cuda", images_per_shard=600)) == (500, 300)
+    assert (size(device="cuda"), size(device="cuda", images_per_shard=3000)) == (500, 1500)
 
 
 def test_settings_and_labels_matter(made):
