@@ -52,6 +52,8 @@ def train(
       leaving: called on every worker as leaving(finished steps): whether a machine of the group was given notice.
       until: DP-SGD steps after which to stop, with the weights of that step; none: all.
     """
+    if workers.device.type == "cuda":
+        torch.cuda.set_device(workers.device)  # where kernels of our own are started
     prepared = open_prepared(run.prepared)
     network = new_network(run, prepared)
     checkpoints = Checkpoints(run.checkpoints, run.training_binding, leaving)

@@ -105,6 +105,7 @@ def _square_norm_of_row(block, out, row_stride, columns, COLUMNS: tl.constexpr):
 
 def square_norms(block: Tensor) -> Tensor:
     """Squared L2 norm of each row of float [B, p], summed in float64: float64 [B]."""
+    block = block.contiguous()
     out = torch.empty(len(block), dtype=torch.float64, device=block.device)
     _square_norm_of_row[(len(block),)](block, out, block.stride(0), block.shape[1], NORM_COLUMNS)
     return out
@@ -137,7 +138,7 @@ def grid_sum(block: Tensor, scales: Tensor, finite: Tensor) -> Tensor:
       scales: [B], in the type of `block`.
       finite: bool [B]; a row that is not is left out.
     """
-    num_parts = triton.cdiv(len(block), ROWS_OF_A_PROGRAM)
+    block, num_parts = block.contiguous(), triton.cdiv(len(block), ROWS_OF_A_PROGRAM)
     out = torch.empty(num_parts, block.shape[1], dtype=torch.float64, device=block.device)
     _grid_sum_of_columns[(triton.cdiv(block.shape[1], SUM_COLUMNS), num_parts)](
         block, scales, finite.to(torch.int8), out, len(block), block.shape[1], block.stride(0),

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from opacus.validators import ModuleValidator
+from torch.nn import functional
 
 from e2h.config import ModelConfig
 from e2h.diffusion.losses import draw_noise_levels, edm_loss
-from e2h.diffusion.networks import Attention, UNet
+from e2h.diffusion.networks import Attention, UNet, _doubled
 
 torch.set_num_threads(1)
 
@@ -108,6 +109,15 @@ def test_activations_behind_attention_are_contiguous():
     network(*inputs(2))
     assert len(seen) == 3
     assert all(seen)
+
+
+def test_a_gpu_doubles_images_as_a_cpu_does():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    expected = functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(_doubled(x), expected)
+    of_y = torch.randn_like(expected)
+    found, exact = (torch.autograd.grad(y, x, of_y)[0] for y in (_doubled(x), expected))
+    assert torch.allclose(found, exact)
 
 
 def test_it_learns():
