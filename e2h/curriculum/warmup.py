@@ -17,6 +17,7 @@ from e2h.curriculum.workers import Workers, on_grid
 from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 from e2h.privacy.compiling import compiled
+from e2h.privacy.dpsgd import in_type
 
 # Units of a step: enough for several workers to share it.
 UNITS_PER_STEP = 4
@@ -58,7 +59,9 @@ def warm_up(
     workers.agree(digest(first), "checkpoints")
     parameters = list(network.parameters())
     network.to(workers.device).train()
-    losses_of = _losses(network, warmup)
+    losses_of = partial(in_type(micro_batch_loss, warmup.dtype), network)
+    if warmup.compile:
+        losses_of = compiled(losses_of)
     batches = partial(_units, network, images, labels, warmup, seed, workers, name)
     for step, units in one_ahead(lambda step: (step, batches(step)), range(first, warmup.num_steps)):
         loss, gradients = _step(losses_of, parameters, units, warmup.batch_size)
@@ -72,14 +75,6 @@ def warm_up(
             checkpoints.save(name, done, state)
         progress(done)
     checkpoints.wait()
-
-
-def _losses(network: UNet, warmup: WarmupConfig) -> Callable[[dict[str, Tensor]], Tensor]:
-    def losses(batch: dict[str, Tensor]) -> Tensor:
-        with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=warmup.dtype == "bfloat16"):
-            return micro_batch_loss(network, batch)
-
-    return compiled(losses) if warmup.compile else losses
 
 
 def _units(

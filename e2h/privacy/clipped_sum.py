@@ -99,19 +99,18 @@ def clip_and_sum(
     """
     if any(gradient.dtype not in (torch.float32, torch.float64) for gradient in gradients):
         raise ValueError("gradients: expected float32 or float64; in half precision the bound does not hold")
-    on_gpu = gradients[0].is_cuda
+    on_gpu = kernels is not None and gradients[0].is_cuda
     blocks = _blocks(gradients, *(GPU_BLOCKS if on_gpu else _cpu_blocks(len(losses))))
     if on_gpu:
-        square_norms = kernels.square_norms if kernels is not None else _square_norms
-        norms = torch.stack([square_norms(block) for block in blocks]).sum(dim=0).sqrt()
+        norms = torch.stack([kernels.square_norms(block) for block in blocks]).sum(dim=0).sqrt()
     else:
         partial_norms = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in blocks]
         norms = torch.linalg.vector_norm(torch.stack(partial_norms), dim=0)
     factors = clip_factors(norms, max_grad_norm, clipping, norm_threshold) * weights.to(norms.device, non_blocking=True)
     scales = (factors * (2.0**GRID_BITS / max_grad_norm)).clamp(max=torch.finfo(torch.float32).max)
     if on_gpu:
-        grid_sum, finite = kernels.grid_sum if kernels is not None else _grid_sum, torch.isfinite(norms)
-        sums = [grid_sum(block, scales.to(block.dtype), finite) for block in blocks]
+        finite = torch.isfinite(norms)
+        sums = [kernels.grid_sum(block, scales.to(block.dtype), finite) for block in blocks]
     else:
         sums = _grid_sums_in_place(blocks, scales, torch.nonzero(~torch.isfinite(norms)).flatten())
     return ClippedSum(torch.cat(sums), int(weights.sum()), losses, norms)
@@ -125,17 +124,6 @@ def _grid_sums_in_place(blocks: list[Tensor], scales: Tensor, dropped: Tensor) -
         on_grid = block.mul_(scales.to(block.dtype)[:, None]).round_()
         sums.append((ones @ on_grid.to(torch.float64)).to(torch.int64))
     return sums
-
-
-def _square_norms(block: Tensor) -> Tensor:
-    """As `kernels.square_norms`, for a GPU without Triton."""
-    return block.to(torch.float64).square().sum(dim=1)
-
-
-def _grid_sum(block: Tensor, scales: Tensor, finite: Tensor) -> Tensor:
-    """As `kernels.grid_sum`, for a GPU without Triton; unlike the one in place, it doesn't wait for the device."""
-    on_grid = torch.where(finite[:, None], block * scales[:, None], 0.0).round()
-    return on_grid.to(torch.float64).sum(dim=0).to(torch.int64)
 
 
 def _cpu_blocks(num_examples: int) -> tuple[int, int]:

@@ -163,7 +163,7 @@ def make_engine(
         raise InputError(f"finetune.dtype={dtype}: expected float32 or bfloat16")
     check_clipping(clipping, max_grad_norm, norm_threshold)
     _check_network(network)
-    loss = partial(_autocast_loss, loss_fn) if dtype == "bfloat16" else loss_fn
+    loss = in_type(loss_fn, dtype)
     if name == "folded":
         per_example: Callable[[Batch, int], Gradients] = Folded(network, loss, noise_multiplicity, compiled)
     else:
@@ -180,6 +180,11 @@ def _check_network(network: nn.Module) -> None:
     for parameter_name, parameter in network.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise InputError(f"{parameter_name}={parameter.dtype}: expected float32 or float64 parameters")
+
+
+def in_type(loss_fn: LossFunction, dtype: str) -> LossFunction:
+    """`loss_fn` itself, or for dtype=bfloat16 under autocast."""
+    return partial(_autocast_loss, loss_fn) if dtype == "bfloat16" else loss_fn
 
 
 def _autocast_loss(loss_fn: LossFunction, network: nn.Module, batch: Batch) -> Tensor:
