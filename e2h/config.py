@@ -43,11 +43,12 @@ class DataConfig:
 class ModelConfig:
     """EDM U-Net (Karras et al. 2022), with GroupNorm only, and the noise levels that it is trained at."""
 
-    base_width: int = 16  # channels at full resolution
+    base_width: int = 16  # channels of the first level
     width_multipliers: list[int] = field(default_factory=lambda: [1, 1])  # of each level; every level halves the side
-    attention_resolutions: list[int] = field(default_factory=lambda: [4])  # sides in pixels of levels with attention
+    attention_resolutions: list[int] = field(default_factory=lambda: [4])  # sides, in patches, of levels with attention
     blocks_per_level: int = 1
     embedding_width: int = 64  # of noise level and class; a multiple of 64
+    patch_size: int = 1  # pixels a side that the network sees as one place; 2: a quarter of the places, less time
     log_sigma_mean: float = 0.0  # ln(sigma) ~ N(mean, std^2) in training, pixels in [-1, 1]; the paper: -1.2
     log_sigma_std: float = 1.2
 

@@ -158,17 +158,18 @@ def _validate_central(central: CentralConfig, image_size: int) -> None:
 
 def _validate_training(config: Config) -> None:
     finetune, model = config.finetune, config.model
-    _positive_int(model, "model", "base_width", "blocks_per_level", "embedding_width")
+    _positive_int(model, "model", "base_width", "blocks_per_level", "embedding_width", "patch_size")
     in_range = 0 < model.log_sigma_std <= 5
     expect(in_range, "model.log_sigma_std", model.log_sigma_std, "a number above 0, at most 5")
     expect(math.isfinite(model.log_sigma_mean), "model.log_sigma_mean", model.log_sigma_mean, "a finite number")
     expect(len(model.width_multipliers) >= 1, "model.width_multipliers", model.width_multipliers, "at least one level")
-    shrink = 2 ** (len(model.width_multipliers) - 1)
+    levels = len(model.width_multipliers)
+    shrink = model.patch_size * 2 ** (levels - 1)
     expect(
         config.data.image_size % shrink == 0,
         "data.image_size",
         config.data.image_size,
-        f"a multiple of {shrink} (model.width_multipliers has {len(model.width_multipliers)} levels)",
+        f"a multiple of {shrink} (model.width_multipliers has {levels} levels, model.patch_size is {model.patch_size})",
         "choose another model=",
     )
     _positive_int(finetune, "finetune", "num_steps", "expected_batch_size", "noise_multiplicity")

@@ -166,6 +166,7 @@ REFUSED = [
     ("central.num_bins", 1),
     ("central.pool_factor", 3),
     ("model.width_multipliers", []),
+    ("model.patch_size", 0),
     ("warmup.num_steps", -1),
     ("warmup.label_dropout", 1.0),
     *((f"finetune.{key}", 0) for key in ("num_steps", "expected_batch_size", "noise_multiplicity", "ledger_block")),

@@ -44,10 +44,11 @@ def doubts(config: Config) -> list[str]:
         found.append(
             "privacy.epsilon=10 and privacy.delta=1e-4 are the demo's; choose yours (docs/guide.md, section 4)"
         )
-    sides = [config.data.image_size // 2**level for level in range(len(model.width_multipliers))]
+    side = config.data.image_size // model.patch_size
+    sides = [side // 2**level for level in range(len(model.width_multipliers))]
     if model.attention_resolutions and not set(model.attention_resolutions) & set(sides):
         found.append(
-            f"model.attention_resolutions={model.attention_resolutions}: the network's levels have {sides} pixels, so "
+            f"model.attention_resolutions={model.attention_resolutions}: the network's levels are {sides} wide, so "
             f"attention is in its middle alone; choose the model= made for data.image_size={config.data.image_size}"
         )
     kept = config.finetune.ema_snapshots

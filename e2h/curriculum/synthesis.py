@@ -84,7 +84,8 @@ def batch_size(config: Config, device: torch.device) -> int:
     sampling, model = config.sampling, config.model
     rows = MOST_ROWS[device.type]
     if device.type == "cpu":
-        activations = model.base_width * model.width_multipliers[0] * config.data.image_size**2
+        side = config.data.image_size // model.patch_size
+        activations = model.base_width * model.width_multipliers[0] * side**2
         rows = min(rows, CPU_ACTIVATIONS // activations)
     most = max(1, rows // (2 if sampling.guidance > 0 else 1))
     shard = min(sampling.images_per_shard, sampling.num_images)

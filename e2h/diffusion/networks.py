@@ -36,6 +36,16 @@ def _doubled(x: Tensor) -> Tensor:
     return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4).flatten(2, 3)
 
 
+def _patches(x: Tensor, size: int) -> Tensor:
+    """[N, C, H, W] -> [N, C * size^2, H / size, W / size], as `pixel_unshuffle`, which fails for N = 0."""
+    return x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def _pixels(x: Tensor, size: int) -> Tensor:
+    """The inverse of `_patches`."""
+    return x.unflatten(1, (-1, size, size)).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions; the embedding scales and shifts between them; `resample` is "up", "down" or None."""
 
@@ -98,14 +108,15 @@ class UNet(nn.Module):
     """The raw network F of EDM; `precond.denoise` makes the denoiser of it.
 
     Args:
-      image_size: pixels; divisible by 2 ** (levels - 1).
+      image_size: pixels; divisible by patch_size * 2 ** (levels - 1).
       channels: image channels.
       num_classes: labels 0 .. num_classes-1; label num_classes means "no label".
-      base_width: channels of the first level.
+      base_width: channels of the first level, which has image_size / patch_size places a side.
       width_multipliers: one a level, each level at half the resolution of the one before.
-      attention_resolutions: pixels at which a block is followed by attention (the middle always has it).
+      attention_resolutions: places a side at which a block is followed by attention (the middle always has it).
       blocks_per_level: residual blocks a level on the way down (one more on the way up).
       embedding_width: width of the noise-level and label embedding.
+      patch_size: pixels a side that are one place, with a channel for each (Luhman & Luhman 2022, arXiv 2207.04316).
       log_sigma: mean and standard deviation of ln(sigma) in training.
       seed: public seed of the initial weights; the caller's random state is not touched.
     """
@@ -120,23 +131,26 @@ class UNet(nn.Module):
         attention_resolutions: Sequence[int],
         blocks_per_level: int,
         embedding_width: int,
+        patch_size: int = 1,
         log_sigma: tuple[float, float] = LOG_SIGMA,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.base_width = base_width
+        self.patch_size = patch_size
         self.log_sigma = log_sigma
         # Built on "meta", so that torch's default initialisers draw nothing from the global generator.
         with torch.device("meta"):
             self.label_embedding = nn.Embedding(num_classes + 1, base_width)
             self.embed0 = nn.Linear(base_width, embedding_width)
             self.embed1 = nn.Linear(embedding_width, embedding_width)
-            self.conv_in = nn.Conv2d(channels, base_width, 3, padding=1)
+            self.conv_in = nn.Conv2d(channels * patch_size**2, base_width, 3, padding=1)
             widths = [base_width * multiplier for multiplier in width_multipliers]
-            self._build_blocks(image_size, widths, set(attention_resolutions), blocks_per_level, embedding_width)
+            side = image_size // patch_size
+            self._build_blocks(side, widths, set(attention_resolutions), blocks_per_level, embedding_width)
             self.norm_out = _group_norm(widths[0])
-            self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
+            self.conv_out = nn.Conv2d(widths[0], channels * patch_size**2, 3, padding=1)
         self.to_empty(device="cpu")
         self._initialise(torch.Generator().manual_seed(seed))
 
@@ -151,15 +165,16 @@ class UNet(nn.Module):
             model.attention_resolutions,
             model.blocks_per_level,
             model.embedding_width,
+            model.patch_size,
             (model.log_sigma_mean, model.log_sigma_std),
             seed,
         )
 
     def _build_blocks(
-        self, image_size: int, widths: list[int], attention_resolutions: set[int], num_blocks: int, embedding_width: int
+        self, side: int, widths: list[int], attention_resolutions: set[int], num_blocks: int, embedding_width: int
     ) -> None:
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        width, resolution, skips = self.base_width, image_size, [self.base_width]
+        width, resolution, skips = self.base_width, side, [self.base_width]
         for level, level_width in enumerate(widths):
             if level > 0:
                 self.down.append(Block(width, width, embedding_width, resample="down"))
@@ -217,7 +232,7 @@ class UNet(nn.Module):
           [N, C, H, W] float.
         """
         embedding = self._embedding(noise_label, labels)
-        hidden = self.conv_in(x)
+        hidden = self.conv_in(_patches(x, self.patch_size))
         skips = [hidden]
         for block in self.down:
             hidden = block(hidden, embedding)
@@ -228,4 +243,4 @@ class UNet(nn.Module):
             if block.block.resample is None:
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
             hidden = block(hidden, embedding)
-        return self.conv_out(functional.silu(self.norm_out(hidden)))
+        return _pixels(self.conv_out(functional.silu(self.norm_out(hidden))), self.patch_size)

@@ -49,9 +49,19 @@ def test_parameter_counts_of_the_published_presets(arguments, expected):
 @pytest.mark.parametrize(("size", "channels", "multipliers"), [(8, 1, [1, 2]), (28, 1, [2, 2]), (16, 3, [1, 2, 4])])
 def test_output_has_the_shape_of_the_input(size, channels, multipliers):
     network = perturbed(image_size=size, channels=channels, width_multipliers=multipliers)
+    patched = perturbed(image_size=2 * size, channels=channels, width_multipliers=multipliers, patch_size=2)
     for count in (0, 1, 3):
-        x, noise_label, labels = inputs(count, channels, size)
-        assert network(x, noise_label, labels).shape == x.shape
+        for side, one in ((size, network), (2 * size, patched)):
+            x, noise_label, labels = inputs(count, channels, side)
+            assert one(x, noise_label, labels).shape == x.shape
+
+
+def test_patches_are_channels_of_a_smaller_image():
+    patched = perturbed(image_size=16, channels=3, patch_size=2)
+    smaller = perturbed(image_size=8, channels=12)
+    x, noise_label, labels = inputs(3, 3, 16)
+    expected = functional.pixel_shuffle(smaller(functional.pixel_unshuffle(x, 2), noise_label, labels), 2)
+    assert torch.equal(patched(x, noise_label, labels), expected)
 
 
 def test_odd_width_works():
@@ -60,8 +70,8 @@ def test_odd_width_works():
 
 
 def test_from_config_follows_the_model_config():
-    network = UNet.from_config(ModelConfig(8, [1, 2], [4], 1, 16), 8, 1, 10, seed=7)
-    same = UNet(**TINY, seed=7)
+    network = UNet.from_config(ModelConfig(8, [1, 2], [4], 1, 16, patch_size=2), 16, 1, 10, seed=7)
+    same = UNet(**(TINY | dict(image_size=16, patch_size=2)), seed=7)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), same.parameters(), strict=True))
 
 
