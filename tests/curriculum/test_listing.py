@@ -60,3 +60,5 @@ def test_a_network_for_another_size_is_doubted_and_one_for_this_size_is_not(mode
     assert doubts(compose({"model": model, "data.image_size": size})) == []
     other = compose({"model": model, "data.image_size": 20})
     assert ["in its middle alone" in said for said in doubts(other)] == [True]
+    patched = {"model": model, "data.image_size": 2 * size, "model.patch_size": 2}
+    assert doubts(compose(patched)) == []

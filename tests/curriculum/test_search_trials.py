@@ -97,6 +97,7 @@ def test_candidates_are_all_combinations_in_a_fixed_order():
         ({"warmup.num_steps": list(range(1, 102)), "warmup.batch_size": list(range(1, 101))}, "10100 combinations"),
         ({"central.budget_share": [0.5, 1.5]}, "central.budget_share=1.5: expected a share in (0, 1)"),
         ({"model.width_multipliers": [[1], [1] * 6]}, "data.image_size=8: expected a multiple of 32"),
+        ({"model.patch_size": [2, 3]}, "data.image_size=8: expected a multiple of 6"),
     ],
 )
 def test_too_many_candidates_and_invalid_ones_are_refused(tried, said):

@@ -153,13 +153,14 @@ def test_a_failure_that_is_not_of_memory_is_raised(run, tmp_path, monkeypatch):
 
 
 def test_the_size_of_a_batch_follows_from_the_device_and_the_shard():
-    def size(image_size=28, device="cpu", width=64, **changes):
+    def size(image_size=28, device="cpu", width=64, patch_size=1, **changes):
         config = Config(sampling=replace(SamplingConfig(num_images=60000, images_per_shard=500), **changes))
-        config.model.base_width, config.data.image_size = width, image_size
+        config.model.base_width, config.model.patch_size, config.data.image_size = width, patch_size, image_size
         return batch_size(config, torch.device(device))
 
     assert size(8, width=16) == 250  # of at most 256, two equal parts of a shard
     assert (size(28), size(64, width=32), size(128, width=64)) == (10, 4, 1)
+    assert size(56, patch_size=2) == 10
     assert size(28, guidance=1.0) == 5
     assert size(8, width=16, num_images=20) == 20
     assert (size(device="cuda"), size(device="cuda", images_per_shard=3000)) == (500, 1500)
