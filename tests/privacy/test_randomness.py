@@ -7,6 +7,9 @@ by one check, had the key been drawn anew.
 
 from __future__ import annotations
 
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -215,6 +218,30 @@ def test_noise_never_comes_in_steps_wider_than_its_grid(monkeypatch):
     for deviation in (LARGEST_DEVIATION * 1.01, 1e30, np.inf, np.nan, -1.0):
         with pytest.raises(ValueError, match="standard_deviation="):
             gaussian_noise(KEY, 0, 4, deviation)
+
+
+def radii(monkeypatch, uniforms: list[int], deviation: float) -> np.ndarray:
+    """The noise whose radius comes of these uniforms, in parts of 2^128, at angle 0."""
+    words = [(one >> 64, one & (2**64 - 1), 0, 0) for one in uniforms]
+    monkeypatch.setattr(noise_module, "keystream", lambda *_: np.array(words, "<u8").tobytes())
+    return gaussian_noise(KEY, 0, 2 * len(words), deviation)[::2]
+
+
+@pytest.mark.parametrize("deviation", [1.7 * 2.0**30, 12 * 2.0**30, 1000 * 2.0**30, LARGEST_DEVIATION])
+def test_near_its_centre_noise_reaches_every_point_of_the_grid(deviation, monkeypatch):
+    steps = range(1, 20_000)
+    squares = [Fraction(step) ** 2 / Fraction(deviation) ** 2 for step in steps]
+    near_one = [2**128 - 1 - int(square / 2 * 2**128) for square in squares]  # -2 ln(1 - s / 2) is s
+    assert list(radii(monkeypatch, near_one, deviation)) == list(steps)
+
+
+def test_the_radius_is_right_to_a_step_of_the_grid_from_end_to_end(monkeypatch):
+    powers = [int(2 ** (128 - step / 8)) for step in range(1, 8 * 120)]
+    uniforms = sorted({*powers, *(2**128 - 1 - one for one in powers)})
+    with localcontext(prec=60):
+        logarithms = [((one + Decimal("0.5")) / 2**128).ln() for one in uniforms]
+        exact = [int((-2 * one).sqrt() * Decimal(LARGEST_DEVIATION)) for one in logarithms]
+    assert abs(radii(monkeypatch, uniforms, LARGEST_DEVIATION) - exact).max() <= 2
 
 
 @pytest.mark.parametrize("byte", [0x00, 0xFF])
