@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from e2h.errors import InputError
 
 MIN_TRAIN_IMAGES = 2  # a class
 SHOWN = 5  # examples in a message
+REJECTED_LEVELS = (0.01, 0.1, 0.5)
 
 SourceSize = tuple[int, int, int, str]  # area, height, width, record name: comparable
 
@@ -176,7 +176,7 @@ def _check_rejected(
     raise InputError(
         f"data.max_rejected_fraction={data.max_rejected_fraction}: expected at most this share of corrupt images, "
         f"found {len(rejected)} of {num_listed} ({share:.2%}): {shown}{', ...' if len(rejected) > SHOWN else ''}; "
-        f"all are listed in {where}; repair or remove them, or skip them: data.max_rejected_fraction={_above(share):g}"
+        f"all are listed in {where}; repair or remove them{_or_skip(share)}"
     )
 
 
@@ -185,9 +185,10 @@ def _refused_list(folder: filesystem.Location) -> str:
     return f"{str(folder).rstrip('/')}.rejected.jsonl"
 
 
-def _above(share: float) -> float:
-    """The share, rounded up to four digits after the point."""
-    return math.ceil(share * 1e4) / 1e4
+def _or_skip(share: float) -> str:
+    """Advice of one of few levels: the setting is published, and the very share would tell what one record changes."""
+    level = next((level for level in REJECTED_LEVELS if level >= share), None)
+    return f", or skip them: data.max_rejected_fraction={level:g}" if level else ""
 
 
 def _write_rejected(location: str, rejected: list[dict[str, str]]) -> None:

@@ -95,18 +95,20 @@ def _open_budget(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan
     for release in plan.shared:
         release_easy_stage(run, prepared, plan.whole, release.name)
     for release in (one for one in plan.whole.releases if one not in plan.shared):
-        bound = digest([release.name, search_binding(run.config)])
-        domain = run.domain(release.event.to_json(), prepared.manifest.digest, bound)
+        bound = digest(search_binding(run.config))
+        domain = run.domain(release.name, release.event.to_json(), prepared.manifest.digest, bound)
         run.ledger.spend(release.name, release.event, domain, 0, release.event.count)
     return plan.trial
 
 
 def _refuse_lost_trials(run: Run) -> None:
     """Trials that were paid for keep their own ledgers: without those they would be run again, with other noise."""
-    paid = {one.name for one in run.ledger.charged()} - set(run.config.curriculum)
-    if paid and not (store(run.root) / "plan.json").exists():
+    paid, trials = {one.name for one in run.ledger.charged()} - set(run.config.curriculum), store(run.root)
+    ledgers = [trials / seen.stem / "ledger.jsonl" for seen in (trials / ".secrets").glob("*.head")]
+    gone = [path.parent for path in (trials / "plan.json", *ledgers) if not path.exists()]
+    if paid and gone:
         raise BudgetError(
-            f"{run.ledger.location}: the trials of this search were paid for, and {store(run.root)} is gone; running "
+            f"{run.ledger.location}: the trials of this search were paid for, and {gone[0]} is gone; running "
             "them again would be another search: begin it under another run.name, with a budget of its own"
         )
 

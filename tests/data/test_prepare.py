@@ -130,6 +130,18 @@ def test_too_many_corrupt_images_are_refused(pets: DataConfig, tmp_path: Path, p
     assert not listed.exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "advised"), [(1, "0.1"), (3, "0.1"), (4, "0.1"), (5, "0.5"), (20, "0.5"), (21, None)]
+)
+def test_the_share_to_allow_is_advised_in_levels_for_it_is_published(pets, tmp_path, prepare, number, advised) -> None:
+    for name in NAMES[:number]:
+        (tmp_path / "pets" / name).write_text("a text named .png")
+    with pytest.raises(InputError) as error:
+        prepare(pets, tmp_path / "prepared")
+    found = re.search(r"or skip them: data\.max_rejected_fraction=([\d.]+)$", str(error.value))
+    assert (found and found[1]) == advised
+
+
 def test_bomb_is_refused_whatever_the_share(pets: DataConfig, tmp_path: Path, prepare) -> None:
     content = bytearray((tmp_path / "pets" / NAMES[3]).read_bytes())
     content[16:24] = (60_000).to_bytes(4, "big") * 2

@@ -14,7 +14,7 @@ import pytest
 
 from e2h.config import Config, RunConfig, SearchConfig
 from e2h.curriculum.run import Run, open_run
-from e2h.curriculum.search import score_path, store, write_score
+from e2h.curriculum.search import score_path, store, trial_config, write_score
 from e2h.curriculum.stages import calibrate, prepare, read_or_make_plan
 from e2h.data.filesystem import remove
 from e2h.data.storage import open_prepared
@@ -88,7 +88,15 @@ def test_trials_whose_folder_is_gone_are_not_run_again_for_nothing(opened):
     run.config.curriculum = []
     _open_budget(run, open_prepared(run.prepared))
     _open_budget(run, open_prepared(run.prepared))  # a replay
-    (store(run.root) / "plan.json").unlink()
+    one = Run(store(run.root) / "trial-000", trial_config(run, {}, "trial-000"), "owner", run.root)
+    for folder in (one.root, store(run.root) / ".secrets"):
+        folder.mkdir()
+    one.ledger.open(run.ledger.budget(), lambda *_: 1.0)
+    _open_budget(run, open_prepared(run.prepared))  # begun, and still there
+    remove(one.root)
+    with pytest.raises(BudgetError, match=r"were paid for, and .*trial-000 is gone"):
+        _open_budget(run, open_prepared(run.prepared))
+    remove(store(run.root))
     with pytest.raises(BudgetError, match=r"were paid for, and .*trials is gone"):
         _open_budget(run, open_prepared(run.prepared))
 
