@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from e2h.errors import InputError
+from e2h.privacy.rounding import delta_in_words
 from e2h.reporting.check import check
 from e2h.reporting.recompute import TOLERANCE, read_ledger, recompute, stated_epsilon
 
@@ -23,7 +24,7 @@ def _recompute(path: str) -> int:
     ledger = read_ledger(path)
     stated, found = stated_epsilon(ledger), recompute(ledger)
     same = abs(found - stated) <= TOLERANCE
-    print(f"epsilon at delta {ledger['delta']:g}: stated {stated:.9g}, recomputed {found:.9g}")
+    print(f"epsilon at delta {delta_in_words(ledger['delta'])}: stated {stated:.9g}, recomputed {found:.9g}")
     if not same:
         print(f"They differ by more than {TOLERANCE:g}: do not rely on the stated one.")
     return 0 if same else 1

@@ -10,6 +10,7 @@ from dataclasses import replace
 from entry import DONE, configured
 
 from e2h.config import Config
+from e2h.privacy.rounding import delta_in_words
 
 
 def plan(config: Config) -> int:
@@ -28,7 +29,7 @@ def plan(config: Config) -> int:
         gradients = speed * config.scaling.hours * 3600
     found = schedules(config, num_records, gradients)
     best = recommended(found)
-    target = f"epsilon {config.privacy.epsilon:g} at delta {config.privacy.delta:g}"
+    target = f"epsilon {config.privacy.epsilon:g} at delta {delta_in_words(config.privacy.delta)}"
     say("plan", f"N {num_records}, {target}, {gradients:.3g} gradients")
     for line in table(found, best):
         say("", line)

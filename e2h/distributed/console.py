@@ -17,7 +17,8 @@ from e2h.data.remote import Place
 from e2h.distributed.monitor import epsilon_after
 from e2h.distributed.progress import read_progress
 from e2h.privacy.events import Charge, Release
-from e2h.privacy.plan import PrivacyPlan, rounded_up
+from e2h.privacy.plan import PrivacyPlan
+from e2h.privacy.rounding import delta_in_words, rounded_up
 
 POLL_S = 0.5
 LOG_LINE_EVERY_S = 15.0
@@ -46,7 +47,9 @@ def show_plan(plan: PrivacyPlan, epsilons_alone: Sequence[float], config: Config
       epsilons_alone: of the plan's releases.
       config: of a run; none for all trials of a search together.
     """
-    cost = f"epsilon {rounded_up(plan.bound.epsilon):.4f} of {plan.target_epsilon:g} at delta {plan.delta:g}"
+    cost = (
+        f"epsilon {rounded_up(plan.bound.epsilon):.4f} of {plan.target_epsilon:g} at delta {delta_in_words(plan.delta)}"
+    )
     say("plan", f"N {plan.num_records}, {cost}")
     print(f"{'':<10} {'release':<10}{'q':>9}{'steps':>8}{'noise':>10}{'epsilon alone':>15}")
     for release, alone in zip(plan.releases, epsilons_alone, strict=True):

@@ -17,7 +17,8 @@ from e2h.data.filesystem import write_bytes
 from e2h.data.records import Source, few
 from e2h.data.remote import Place
 from e2h.distributed.console import say, show_plan, warn
-from e2h.privacy.plan import PrivacyPlan, make_plan, rounded_up
+from e2h.privacy.plan import PrivacyPlan, make_plan
+from e2h.privacy.rounding import rounded_up
 
 
 def dry_run(config: Config, root: Place) -> PrivacyPlan:

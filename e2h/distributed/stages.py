@@ -24,7 +24,8 @@ from e2h.distributed.nodes import on_any_node
 from e2h.distributed.progress import PROGRESS_FILE
 from e2h.distributed.training import train_on_workers
 from e2h.privacy.accounting import epsilon
-from e2h.privacy.plan import PrivacyPlan, read_plan, rounded_up
+from e2h.privacy.plan import PrivacyPlan, read_plan
+from e2h.privacy.rounding import delta_in_words, rounded_up
 
 
 def prepare(run: Run) -> Prepared:
@@ -68,7 +69,7 @@ def train(run: Run, plan: PrivacyPlan) -> None:
         run.mark_done("train")
     spent = epsilon(run.ledger.charged(), plan.delta).epsilon
     cost = f"epsilon {rounded_up(spent):.4f} of {plan.target_epsilon:g}"
-    say("ledger", f"{cost} spent at delta {plan.delta:g}, all stages together")
+    say("ledger", f"{cost} spent at delta {delta_in_words(plan.delta)}, all stages together")
 
 
 def sample(run: Run) -> None:

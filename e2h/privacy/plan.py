@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from e2h.privacy.accounting import (
 from e2h.privacy.dataset_ledger import SharedBudget
 from e2h.privacy.events import Charge, PoissonSampledGaussian, Release, charge, event_from_json
 from e2h.privacy.ledger import Budget
+from e2h.privacy.rounding import delta_in_words, epsilon_in_words
 
 REPORTED_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
@@ -79,7 +79,8 @@ class PrivacyPlan:
     def statement(self) -> list[str]:
         """The guarantee in sentences that a data-protection officer can quote."""
         return [
-            f"Everything in this release is ({_up(self.bound.epsilon)}, {_small(self.delta)})-differentially private.",
+            f"Everything in this release is ({epsilon_in_words(self.bound.epsilon)}, {delta_in_words(self.delta)})-"
+            "differentially private.",
             f"Unit of protection: one record ({describe_record(self.class_names)}). Neighbouring data sets: one "
             "record's contribution is replaced by nothing (add-or-remove-one in its zero-out form).",
             f"Public, and not protected: the number of training records N = {self.num_records}, the list of "
@@ -96,8 +97,9 @@ class PrivacyPlan:
     def _shared_statement(self, shared: SharedBudget) -> str:
         return (
             f"All runs that are charged to the budget of data set {shared.name}, later ones included, are together "
-            f"({shared.epsilon:g}, {_small(self.delta)})-differentially private; when this one was planned, "
-            f"{shared.num_runs} of them, itself included, held epsilon {_up(shared.epsilon_held)}."
+            f"({epsilon_in_words(shared.epsilon)}, {delta_in_words(self.delta)})-differentially private; when this one "
+            f"was planned, {shared.num_runs} of them, itself included, held epsilon "
+            f"{epsilon_in_words(shared.epsilon_held)}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -124,19 +126,6 @@ class PrivacyPlan:
             "tuning": self.tuning,
             **({"shared": asdict(self.shared)} if self.shared else {}),
         }
-
-
-def rounded_up(epsilon: float, decimals: int = 4) -> float:
-    """To so many decimals: printed, an epsilon must not understate."""
-    return math.ceil(epsilon * 10**decimals * (1 - 1e-12)) / 10**decimals
-
-
-def _up(epsilon: float) -> str:
-    return f"{rounded_up(epsilon):.4f}".rstrip("0").rstrip(".")
-
-
-def _small(delta: float) -> str:
-    return f"{delta:g}".replace("e-0", "e-")
 
 
 def read_plan(value: dict[str, Any]) -> PrivacyPlan:

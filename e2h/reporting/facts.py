@@ -12,6 +12,7 @@ import yaml
 from e2h.config import describe_record
 from e2h.data.remote import Place
 from e2h.errors import InputError
+from e2h.privacy.rounding import delta_in_words
 from e2h.reporting.privacy_curves import best_guess, hit_rate
 
 RELATIONS = {
@@ -89,12 +90,6 @@ def number(value: float) -> str:
     return f"{value:.6g}"
 
 
-def small(delta: float) -> str:
-    """A delta as people write it: 1e-5, 2.5e-6."""
-    mantissa, exponent = f"{delta:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
 def percent_up(share: float) -> str:
     """A share of 1 as a percentage, rounded up; more digits where one would say "all"."""
     digits = 1 if share < 0.999 else 3
@@ -104,8 +99,9 @@ def percent_up(share: float) -> str:
 def sentence(plan: Mapping[str, Any]) -> str:
     """The guarantee in one sentence."""
     unit = describe_record(plan["public"]["class_names"])
+    stated = f"({up(plan['epsilon'])}, {delta_in_words(plan['delta'])})"
     return (
-        f"Everything in the folder release/, taken together, is ({up(plan['epsilon'])}, {small(plan['delta'])})-"
+        f"Everything in the folder release/, taken together, is {stated}-"
         f"differentially private with regard to any single record, that is {unit}."
     )
 

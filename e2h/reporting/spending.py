@@ -14,7 +14,7 @@ from e2h.privacy.dataset_ledger import composed, holds
 from e2h.privacy.events import Selection, charge, event_from_json
 from e2h.privacy.ledger import Budget, State, replay
 from e2h.privacy.logs import open_log
-from e2h.privacy.plan import rounded_up
+from e2h.privacy.rounding import delta_in_words, rounded_up
 
 
 def read(location: str, witness: Witness | None) -> Chain:
@@ -92,8 +92,9 @@ def _check_cost(location: str, cost: float, epsilon: float) -> None:
 def _run_lines(state: State, records: Sequence[Record]) -> list[str]:
     budget = _opened(state)
     spent, planned = (epsilon_pld(releases, budget.delta) for releases in (state.charged(), budget.planned))
+    target = f"epsilon {budget.epsilon:g} at delta {delta_in_words(budget.delta)}"
     found = [
-        f"budget     epsilon {budget.epsilon:g} at delta {budget.delta:g}, {budget.neighbouring_relation}",
+        f"budget     {target}, {budget.neighbouring_relation}",
         f"epsilon    {rounded_up(spent):.4f} spent of {rounded_up(planned):.4f} planned",
         f"opened     {_when(records[0]['time'])}",
         *(f"owner      {_when(one['time'])} pid {one['pid']} on {one['host']}" for one in state.owners),
@@ -114,7 +115,7 @@ def _dataset_lines(records: Sequence[Record], location: str) -> list[str]:
     total = composed(held, opened["delta"])
     found = [
         f"data set   {opened['name']}",
-        f"budget     epsilon {opened['epsilon']:g} at delta {opened['delta']:g} for all runs together, "
+        f"budget     epsilon {opened['epsilon']:g} at delta {delta_in_words(opened['delta'])} for all runs together, "
         f"{opened['neighbouring_relation']}",
         f"epsilon    {rounded_up(total):.4f} held by {len(held)} run{'s' * (len(held) != 1)}",
         f"{'held':<24}{'epsilon alone':>14}  run",

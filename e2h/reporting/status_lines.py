@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from e2h.config import NOT_PRIVATE
-from e2h.reporting.facts import number, small, up
+from e2h.privacy.rounding import delta_in_words
+from e2h.reporting.facts import number, up
 from e2h.reporting.stages import Stage
 from e2h.reporting.status import Status
 
@@ -52,7 +53,7 @@ def configuration(known: dict[str, Any]) -> str:
     draws = known["noise_multiplicity"]
     batch = f"{known['expected_batch_size']} images x {draws} noise draw{'s' * (draws != 1)}"
     return (
-        f"{known['data']} {size}, epsilon {number(known['epsilon'])} at delta {small(known['delta'])}, "
+        f"{known['data']} {size}, epsilon {number(known['epsilon'])} at delta {delta_in_words(known['delta'])}, "
         f"{known['finetune_steps']} DP-SGD steps of {batch}, {known['num_images']} synthetic images, "
         f"seed {known['seed']}"
     )
@@ -108,7 +109,7 @@ def _stage(stage: Stage, charged: Mapping[str, int]) -> str:
 
 
 def _epsilon(status: Status) -> str:
-    target = f"{number(status.epsilon['target'])} at delta {small(status.epsilon['delta'])}"
+    target = f"{number(status.epsilon['target'])} at delta {delta_in_words(status.epsilon['delta'])}"
     if "spent" not in status.epsilon:
         return f"unknown: the ledger can't be read (target {target})"
     steps = ", ".join(f"{name} {count}" for name, count in status.charged.items())

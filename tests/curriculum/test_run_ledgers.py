@@ -19,6 +19,7 @@ from e2h.privacy.dataset_ledger import SharedBudget
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Budget
 from e2h.privacy.plan import PrivacyPlan, read_plan
+from e2h.privacy.rounding import epsilon_in_words
 
 
 def settings(storage: Path, **sections) -> Config:
@@ -123,7 +124,10 @@ def test_a_plan_says_what_all_runs_hold_and_looking_writes_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     said = [line for line in shared.statement() if "data set digits" in line]
     assert len(said) == 1
-    assert f"together ({limit:g}, 0.0001)-differentially private; when this one was planned, 2 of them," in said[0]
+    assert (
+        f"together ({epsilon_in_words(limit)}, 1e-4)-differentially private; when this one was planned, 2 of them,"
+        in said[0]
+    )
     assert read_plan(shared.to_json()).shared == shared.shared
     assert "shared" not in plan.to_json()
     assert Run(tmp_path / "x", settings(tmp_path)).shared_plan(plan) is plan

@@ -18,7 +18,8 @@ from e2h.curriculum.run import open_run
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.accounting import epsilon
 from e2h.privacy.events import PoissonSampledGaussian, Release
-from e2h.privacy.plan import PrivacyPlan, rounded_up
+from e2h.privacy.plan import PrivacyPlan
+from e2h.privacy.rounding import rounded_up
 
 RELEASES = (
     Release("central", PoissonSampledGaussian(0.5, 8.0, 3)),
@@ -49,7 +50,7 @@ def test_a_run_is_shown_with_what_it_paid_and_planned(run):
     text = shown(run)
     spent = epsilon([RELEASES[0], replace(RELEASES[1], event=replace(RELEASES[1].event, count=8))], 1e-4)
     assert f"epsilon    {rounded_up(spent.epsilon):.4f} spent of {rounded_up(BOUND.epsilon):.4f} planned" in text
-    assert "budget     epsilon 2 at delta 0.0001, REPLACE_SPECIAL" in text
+    assert "budget     epsilon 2 at delta 1e-4, REPLACE_SPECIAL" in text
     assert re.search(r"owner      20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC pid \d+ on \S+", text)
     rows = [line.split() for line in text.splitlines()[-2:]]
     assert rows == [["central", "0.5000", "8.0000", "3", "3", "1"], ["finetune", "0.1000", "4.0000", "8", "20", "1"]]
@@ -58,7 +59,7 @@ def test_a_run_is_shown_with_what_it_paid_and_planned(run):
 
 def test_a_data_set_is_shown_with_its_runs(run):
     text = shown(run.parent / ".ledgers" / "digits.jsonl")
-    assert "budget     epsilon 5 at delta 0.0001 for all runs together" in text
+    assert "budget     epsilon 5 at delta 1e-4 for all runs together" in text
     assert f"epsilon    {rounded_up(BOUND.epsilon):.4f} held by 1 run\n" in text
     assert text.endswith(f"{rounded_up(BOUND.epsilon):.4f}  one")
 

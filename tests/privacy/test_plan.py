@@ -103,7 +103,7 @@ def test_a_plan_survives_its_file(plan):
 def test_the_words_carry_the_numbers(plan):
     words = " ".join(plan.statement())
     sigma = plan.release("finetune").event.noise_multiplier
-    for part in (f"({plan.bound.epsilon:.4g}, 0.0001)-differentially private", "N = 2000", "5 rounds", f"{sigma:.6g}"):
+    for part in (f"({plan.bound.epsilon:.4g}, 1e-4)-differentially private", "N = 2000", "5 rounds", f"{sigma:.6g}"):
         assert part in words
 
 
