@@ -80,7 +80,7 @@ def release_central(run: Run, plan: PrivacyPlan) -> None:
     prepared, event = open_prepared(run.prepared), plan.release("central").event
     facts, records = prepared.manifest, load_split(prepared, "train")
     query = CentralQuery(run.config.central, event, facts.image_size, facts.channels, 10, plan.num_records)
-    domain = run.domain(event.to_json(), facts.digest, "chaos")
+    domain = run.domain("finetune", event.to_json(), facts.digest, "chaos")
     run.ledger.spend("central", event, domain, 0, event.count)
     sums = query.partial_sums(records.images, records.labels, records.ids, derive_key(run.secret(), "masks", domain))
     released = query.release(sums, derive_key(run.secret(), "central/noise", domain))

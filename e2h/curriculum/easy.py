@@ -108,7 +108,7 @@ def _generated(embeddings: np.ndarray, query: FrequencyQuery, seed: int) -> Imag
 def _released(run: Run, prepared: Prepared, query: Query, stage: str, sums_of: SumsOf) -> np.ndarray:
     """Pays, sums over all records, and adds the noise once: int64, in the query's own shape."""
     event = query.event
-    domain = run.domain(event.to_json(), prepared.manifest.digest, machine())
+    domain = run.domain(stage, event.to_json(), prepared.manifest.digest, machine())
     run.ledger.spend(stage, event, domain, 0, event.count)
     sums = sums_of(query, domain)
     run.easy(stage).mkdir(exist_ok=True, mode=0o700)

@@ -5,7 +5,6 @@ A replay is free only where it gives the same bits; on another kind of machine i
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,17 +15,7 @@ from typing import Any
 import torch
 
 from e2h.binding import digest
-
-# Choose other kernels, hence other last bits.
-SWITCHES = (
-    "ATEN_CPU_CAPABILITY",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_CBWR",
-    "NVIDIA_TF32_OVERRIDE",
-    "ONEDNN_MAX_CPU_ISA",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-)
+from e2h.curriculum.environment import check_float32, kernel_switches
 
 
 @contextmanager
@@ -36,7 +25,11 @@ def fixed_kernels() -> Iterator[None]:
     One thread, so that sums inside a kernel have one order. No TF32 or bfloat16 in place of float32, but where the
     configuration asks for it: last bits of 2^-11 are more than the clip leaves free (docs/guarantee.md, section 10). No
     kernels chosen by the clock.
+
+    Raises:
+      InputError: if an environment variable replaces float32.
     """
+    check_float32()
     cudnn, threads, dtype = torch.backends.cudnn, torch.get_num_threads(), torch.get_default_dtype()
     switches: list[tuple[Any, str, object]] = [
         (cudnn, "deterministic", True),
@@ -92,14 +85,7 @@ def machine(*also: object) -> str:
     with suppress(PackageNotFoundError):
         libraries.append(version("triton"))
     libraries += [str(torch.version.cuda), str(torch.backends.cudnn.version())]
-    switches = [os.environ.get(name, "") for name in SWITCHES]
-    switches += [f"{name}={value}" for name, value in sorted(os.environ.items()) if _chooses_code(name)]
-    return digest([_processor(), *switches, *libraries, *(str(one) for one in also)])
-
-
-def _chooses_code(name: str) -> bool:
-    """Whether an environment variable is a switch of torch's or Triton's compiler; where they keep files is none."""
-    return name.startswith(("TORCHINDUCTOR_", "TRITON_")) and not name.endswith(("_DIR", "_THREADS"))
+    return digest([_processor(), *kernel_switches(), *libraries, *(str(one) for one in also)])
 
 
 def _processor() -> list[str]:

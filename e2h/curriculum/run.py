@@ -12,6 +12,7 @@ from typing import Any
 
 from e2h.binding import binding, digest
 from e2h.config import PRODUCTS, Config, expect, run_name
+from e2h.curriculum.environment import check_float32
 from e2h.curriculum.lease import SURELY_STALE_S, only_driver
 from e2h.curriculum.notes import check_binding, describe
 from e2h.data.filesystem import write_bytes
@@ -121,8 +122,9 @@ class Run:
         Call it before any charge: one that was interrupted after the first of the two makes up for the second.
 
         Raises:
-          InputError, BudgetError: as `Ledger.open` and `DatasetLedger.hold`.
+          InputError, BudgetError: as `Ledger.open`, `DatasetLedger.hold` and `check_float32`.
         """
+        check_float32()
         ledger, shared = self.ledger, self.dataset_ledger
         ledger.open(budget, lambda releases, delta: epsilon(releases, delta).epsilon)
         # A run that was charged to its end holds already, and can't spend any more; its key may be deleted.
@@ -158,14 +160,15 @@ class Run:
         kept = ("data", "model", "privacy", "curriculum", "central", "warmup", "frequency", "finetune", "seed")
         return digest({key: value for key, value in binding(self.config).items() if key in kept})
 
-    def domain(self, event: dict[str, Any], dataset_digest: str, fingerprint: str) -> str:
+    def domain(self, release: str, event: dict[str, Any], dataset_digest: str, fingerprint: str) -> str:
         """Names everything that determines a release bit for bit (see `e2h.privacy.ledger`).
 
-        Also the run, and of a trial the search: where several have one secret, their noise is their own all the same.
+        Also the release, since two may have equal events, the run, and of a trial the search: where several have one
+        secret, their noise is their own all the same.
         Keyed, because the ledger keeps it: without the secret it tells nothing about the data.
         """
         names = [self.root.name, self.common.name if self.common else ""]
-        parts = [names, self.training_binding, code_digest(), event, dataset_digest, fingerprint]
+        parts = [names, self.training_binding, code_digest(), release, event, dataset_digest, fingerprint]
         return derive_key(self.secret(), "domain", digest(parts)).hex()
 
     def done(self, stage: str) -> bool:

@@ -133,7 +133,7 @@ def private_run(run: Run, release: Release, prepared: Prepared, workers: Workers
     one = machine(device, torch.get_num_threads(), unit)
     # The kinds of machine in the group, not their number: a unit's result depends on where it is computed.
     place = digest([start, workers.distinct(one)])
-    domain = run.domain(release.event.to_json(), prepared.manifest.digest, place)
+    domain = run.domain(release.name, release.event.to_json(), prepared.manifest.digest, place)
     return PrivateRun(release, run.ledger, run.secret(), domain, start, run.config.privacy.noise_shares)
 
 

@@ -95,7 +95,7 @@ def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
     images, labels = synthetic
     made = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     # Of other images it would be another query: the ledger refuses to pay a second time.
-    domain = run.domain(release.event.to_json(), prepared.manifest.digest, f"{release.name} {machine()} {made}")
+    domain = run.domain(release.name, release.event.to_json(), prepared.manifest.digest, f"{machine()} {made}")
     run.ledger.spend(release.name, release.event, domain, 0, 1)
     key = derive_key(run.secret(), "score/noise", domain)
     return noisy_accuracy(predict, prepared.blocks("train"), trial.plan.num_records, release, key)

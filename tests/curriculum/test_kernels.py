@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from e2h.curriculum import machine as machine_module
-from e2h.curriculum.machine import SWITCHES, fixed_kernels, machine
+from e2h.curriculum.environment import SWITCHES, check_float32
+from e2h.curriculum.machine import fixed_kernels, machine
+from e2h.errors import InputError
 
 CALLERS = {
     "nothing": "",
@@ -72,12 +74,32 @@ def test_a_callers_autocast_changes_no_bit():
                 assert (left @ right).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+OF_FAMILIES = ["CUBLAS_WORKSPACE_CONFIG", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "TORCHINDUCTOR_LAYOUT"]
+
+
+@pytest.mark.parametrize("name", [*SWITCHES, *OF_FAMILIES])
 def test_a_switch_of_the_libraries_is_another_machine(name, monkeypatch):
     monkeypatch.delenv(name, raising=False)
     before = machine()
     monkeypatch.setenv(name, "AVX2")
     assert machine() != before
+
+
+def test_what_libraries_print_and_where_they_keep_files_is_no_other_machine(monkeypatch):
+    before = machine()
+    for name in ("MKL_NUM_THREADS", "ONEDNN_VERBOSE", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "2")
+    assert machine() == before
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_an_environment_in_which_float32_is_not_float32_is_refused(name, monkeypatch):
+    for fine in ("STRICT", "strict"):
+        monkeypatch.setenv(name, fine)
+        check_float32()
+    monkeypatch.setenv(name, "BF16")
+    with pytest.raises(InputError, match=f"{name}=BF16: expected strict, or unset"), fixed_kernels():
+        pytest.fail("entered")
 
 
 def test_other_libraries_are_another_machine(monkeypatch):

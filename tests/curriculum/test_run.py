@@ -157,11 +157,13 @@ def test_a_domain_names_all_that_determines_a_release(tmp_path, monkeypatch):
     monkeypatch.setenv("E2H_A_SECRET", bytes(range(32)).hex())
     monkeypatch.setenv("E2H_ANOTHER", bytes(range(1, 33)).hex())
 
-    def domain(event=EVENT, data="aa", place="bb", secret="env:E2H_A_SECRET", change=lambda config: None):
+    def domain(
+        name="central", event=EVENT, data="aa", place="bb", secret="env:E2H_A_SECRET", change=lambda config: None
+    ):
         config = settings(tmp_path)
         config.privacy.secret = secret
         change(config)
-        return Run(run_root(config), config).domain(event, data, place)
+        return Run(run_root(config), config).domain(name, event, data, place)
 
     def with_steps(config):
         config.finetune.num_steps = 61
@@ -173,7 +175,8 @@ def test_a_domain_names_all_that_determines_a_release(tmp_path, monkeypatch):
         config.run.name = "another"
 
     others = [
-        domain({**EVENT, "noise_multiplier": 2.1}),
+        domain("frequency"),  # with an equal event it is another release all the same
+        domain(event={**EVENT, "noise_multiplier": 2.1}),
         domain(data="ab"),
         domain(place="bc"),
         domain(secret="env:E2H_ANOTHER"),
@@ -181,7 +184,7 @@ def test_a_domain_names_all_that_determines_a_release(tmp_path, monkeypatch):
         domain(change=with_seed),
         domain(change=with_name),  # under one secret, another run's noise is its own
     ]
-    assert len({domain(), *others}) == 8
+    assert len({domain(), *others}) == 9
     assert len(bytes.fromhex(domain())) == 32
 
     def elsewhere(config):

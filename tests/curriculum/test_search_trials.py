@@ -177,7 +177,7 @@ def test_trials_have_secrets_of_their_own_and_share_the_prepared_set(tmp_path):
     assert len({run.ledger.location for run in (search, *runs)}) == 3
     # Under one secret, trials of the same name in two searches don't share their noise either.
     twin = replace(runs[0], common=search.root.with_name("another"))
-    assert len({run.domain({}, "data", "here") for run in (*runs, twin)}) == 3
+    assert len({run.domain("finetune", {}, "data", "here") for run in (*runs, twin)}) == 3
     config = runs[0].config
     assert (config.warmup.num_steps, config.sampling.num_images) == (3, search.config.search.score_images)
     assert (config.evaluation.enabled, config.search.privacy, config.ledger.scope) == (False, None, "run")
