@@ -130,7 +130,7 @@ SIZE = (
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_what_only_reading_shows(run_job: Job, tmp_path: Path) -> None:
     place = folder(tmp_path / "bomb")
     (place / "cat" / "odd.png").write_bytes(bomb_png())
