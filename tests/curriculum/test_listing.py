@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ from e2h.errors import InputError
 from e2h.settings import compose
 
 
-def config_of(folder: Path, num_classes: int = 2) -> Config:
+def config_of(folder: Path, num_classes: int = 2, names: Sequence[str] = ()) -> Config:
     images, labels = np.zeros((60, 8, 8, 1), np.uint8), np.arange(60) % num_classes
-    write_hf_parquet(folder / "images.parquet", images, labels, [str(label) for label in range(num_classes)])
+    write_hf_parquet(folder / "images.parquet", images, labels, names or [str(label) for label in range(num_classes)])
     config = Config()
     config.data.source, config.data.path = "parquet", str(folder / "images.parquet")
     config.finetune.expected_batch_size = 8
@@ -30,6 +31,19 @@ def test_an_evaluation_needs_held_out_images(tmp_path):
         listed(config)
     config.evaluation.enabled = False
     assert listed(config).num_train == 60
+
+
+@pytest.mark.parametrize("name", ["/a/abbey", "/m/01g317", "s3://hospital/scans", "~/cats"])
+def test_a_class_named_like_a_path_is_refused_before_anything_is_paid(tmp_path, name):
+    config = config_of(tmp_path, names=["dog", name])
+    refusal = rf"^data.class_names={name}: expected names that don't look like paths.*; give all 2 classes names"
+    with pytest.raises(InputError, match=refusal):
+        listed(config)
+    config.data.class_names = ["dog", "abbey, 1/2 of them and/or /m"]
+    assert listed(config).class_names == tuple(config.data.class_names)
+    config.data.class_names[0] = name
+    with pytest.raises(InputError, match=refusal):
+        listed(config)
 
 
 @pytest.mark.parametrize(("score", "ok"), [(None, False), ("accuracy", False), ("central", True)])
