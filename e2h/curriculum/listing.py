@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from e2h.config import Config, PrivacyConfig, expect
+from e2h.curriculum.run import Run
 from e2h.data.private_paths import private_paths
 from e2h.data.records import Source, few
 from e2h.data.sources import open_source
@@ -34,6 +35,17 @@ def listed(config: Config) -> Source:
     there = weights is None or Path(weights).expanduser().is_file()
     expect(there, "evaluation.inception_weights", weights, "a file that this and the evaluating machine can read")
     return source
+
+
+def remarks(run: Run) -> tuple[str, ...]:
+    """What the list of the source says that its owner may not have meant; none where the images are prepared.
+
+    From then on nobody needs the source: it may be away, or have other images in it.
+
+    Raises:
+      InputError: as `listed`.
+    """
+    return () if run.done("prepare") else listed(run.config).remarks
 
 
 def _check_names(names: Sequence[str]) -> None:

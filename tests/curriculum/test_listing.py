@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from e2h.config import Config
-from e2h.curriculum.listing import doubts, listed
+from e2h.curriculum.listing import doubts, listed, remarks
+from e2h.curriculum.run import Run
+from e2h.curriculum.stages import prepare
 from e2h.data.exports import write_hf_parquet
 from e2h.errors import InputError
 from e2h.settings import compose
@@ -76,3 +79,20 @@ def test_a_network_for_another_size_is_doubted_and_one_for_this_size_is_not(mode
     assert ["in its middle alone" in said for said in doubts(other)] == [True]
     patched = {"model": model, "data.image_size": 2 * size, "model.patch_size": 2}
     assert doubts(compose(patched)) == []
+
+
+def test_nobody_needs_the_source_of_images_that_are_prepared(tmp_path):
+    run = Run(tmp_path / "run", config_of(tmp_path))
+    run.root.mkdir()
+    source = Path(str(run.config.data.path))
+    source.rename(tmp_path / "away")
+    with pytest.raises(InputError, match="found nothing"):
+        remarks(run)
+    (tmp_path / "away").rename(source)
+    prepared = prepare(run)
+    source.unlink()
+    assert remarks(run) == ()
+    assert prepare(run) == prepared
+    other = replace(run.config, data=replace(run.config.data, test_fraction=0.5))
+    with pytest.raises(InputError, match="found nothing"):
+        remarks(Run(run.root, other))
