@@ -24,7 +24,7 @@ from e2h.curriculum.run import Run
 from e2h.curriculum.train import train
 from e2h.curriculum.workers import Workers
 from e2h.data.filesystem import remove, write_bytes
-from e2h.data.remote import Place
+from e2h.data.remote import Place, escaped
 from e2h.distributed.capacity import START_TIMEOUT, start_timeout_s
 from e2h.distributed.deadline import StartDeadline
 from e2h.distributed.failures import budget_refusal, refusal
@@ -54,7 +54,7 @@ def train_on_workers(run: Run, release: Release, until: int | None = None) -> No
     note.unlink(missing_ok=True)
     remove(storage)  # Ray's notes of a driver that was killed
     try:
-        _fit(run, release, until, str(storage))
+        _fit(run, release, until, escaped(storage))
     except Exception as error:
         with suppress(OSError):  # nor can a note be read from a store that is away
             _raise_noted(note)
