@@ -15,6 +15,7 @@ from small_runs import small_config
 
 from e2h.config import ScalingConfig
 from e2h.curriculum.run import Run, open_run
+from e2h.curriculum.train import forget_mapped
 from e2h.curriculum.workers import Workers
 from e2h.data.remote import place
 from e2h.distributed import deadline, training
@@ -145,8 +146,31 @@ def test_what_ray_keeps_in_a_bucket_lies_in_the_run_and_can_be_taken_away(bucket
         assert f"runs/{name}/ray/train-1/" in objects()
 
     monkeypatch.setattr(training, "_fit", fit)
+    monkeypatch.setattr(training, "on_each_node", lambda work: None)
     training.train_on_workers(Run(place(f"{bucket}/runs/{name}"), small_config(tmp_path), "owner"), None)
     assert not [key for key in objects() if "ray" in key]
+
+
+def test_images_that_a_machine_of_an_earlier_group_unpacked_are_removed_after_training(bucket, monkeypatch, tmp_path):
+    run = Run(place(f"{bucket}/runs/digits"), small_config(tmp_path), "owner")
+    machines = [tmp_path / name for name in ("of the last group", "left before")]
+
+    def on_machines(work, folders=machines) -> None:
+        for folder in folders:
+            monkeypatch.setattr("tempfile.tempdir", str(folder))
+            work()
+
+    def unpack() -> None:
+        run.mapped.mkdir(parents=True)
+        (run.mapped / "train.npy").write_bytes(b"private")
+
+    for folder in machines:
+        folder.mkdir()
+    on_machines(unpack)
+    monkeypatch.setattr(training, "_fit", lambda *_: on_machines(lambda: forget_mapped(run), machines[:1]))
+    monkeypatch.setattr(training, "on_each_node", on_machines)
+    training.train_on_workers(run, None)
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 # Notice --------------------------------------------------------------------------------------------------------------
