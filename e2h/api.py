@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from e2h.config import Config, expect, warmups
-from e2h.curriculum.listing import listed, public_records
+from e2h.curriculum.listing import listed, public_records, remarks
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.data.exports import read_hf_parquet
 from e2h.data.remote import Place
@@ -85,7 +85,7 @@ def run(settings: Settings = None, progress: Progress | None = None) -> Place:
 
     config = _of_one_run(settings)
     expect(not config.dry_run, "dry_run", True, "false: e2h.plan() plans")
-    listed(config)
+    remarks(Run(run_root(config), config))  # refuses what the list of the images alone shows
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with StatusLine() as line, open_run(config) as opened:
         _all_stages(opened, device, progress or line)

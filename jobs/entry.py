@@ -20,7 +20,7 @@ from words import check_words
 
 from e2h.binding import differences
 from e2h.config import Config, expect
-from e2h.curriculum.listing import listed
+from e2h.curriculum.listing import remarks
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.curriculum.search import check_search
 from e2h.distributed.console import warn
@@ -103,7 +103,7 @@ def _run(config: Config, stages: Callable[[Run], None], searches: bool) -> int:
     if config.dry_run:
         (search_dry_run if searches else dry_run)(config, run_root(config))
         return DONE
-    warn(listed(config).remarks)
+    warn(remarks(Run(run_root(config), config)))
     with open_run(config) as run, noted(run.root), session(config.scaling, run.scratch / "ray.log"):
         stages(run)
     return DONE

@@ -14,7 +14,7 @@ from e2h.curriculum.central import CentralQuery
 from e2h.curriculum.frequency import FrequencyQuery
 from e2h.curriculum.generator import fit_generator, generate
 from e2h.curriculum.machine import machine
-from e2h.curriculum.pictures import by_class, write_grid
+from e2h.curriculum.pictures import by_class, by_round, write_grid
 from e2h.curriculum.run import Run
 from e2h.data.exports import read_hf_parquet, write_hf_parquet
 from e2h.data.filesystem import write_bytes
@@ -69,7 +69,7 @@ def _central(run: Run, prepared: Prepared, plan: PrivacyPlan, sums_of: SumsOf) -
         columns = {"round": rounds}
         write_hf_parquet(target, flat, np.tile(labels, num_rounds), facts.class_names, columns, stamp(run.config))
     released, _ = read_hf_parquet([target])
-    write_grid(run, run.central / "grid.png", released, len(facts.class_names) if conditional else 1)
+    write_grid(run, run.central / "grid.png", *by_round(released, query.num_groups))
 
 
 def _frequency(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from e2h.config import Config, PrivacyConfig, expect
-from e2h.data.records import Source
+from e2h.curriculum.run import Run
+from e2h.data.private_paths import private_paths
+from e2h.data.records import Source, few
 from e2h.data.sources import open_source
 from e2h.privacy.plan import check_batch
 
@@ -14,9 +17,11 @@ def listed(config: Config) -> Source:
     """Looks at the source, and at what else a run will need; nothing is written.
 
     Raises:
-      InputError: if the data can't be listed, the expected batch is larger than N, or a file is missing.
+      InputError: if the data can't be listed, a class has a name that no release may hold, the expected batch is
+        larger than N, or a file is missing.
     """
     source = open_source(config.data)
+    _check_names(source.class_names)
     check_batch(config, public_records(config, source))
     fractions, classes = config.sampling.class_fractions, len(source.class_names)
     one_each = fractions is None or len(fractions) == classes
@@ -30,6 +35,24 @@ def listed(config: Config) -> Source:
     there = weights is None or Path(weights).expanduser().is_file()
     expect(there, "evaluation.inception_weights", weights, "a file that this and the evaluating machine can read")
     return source
+
+
+def remarks(run: Run) -> tuple[str, ...]:
+    """What the list of the source says that its owner may not have meant; none where the images are prepared.
+
+    From then on nobody needs the source: it may be away, or have other images in it.
+
+    Raises:
+      InputError: as `listed`.
+    """
+    return () if run.done("prepare") else listed(run.config).remarks
+
+
+def _check_names(names: Sequence[str]) -> None:
+    refused = [name for name in names if private_paths(name)]
+    advice = f"give all {len(names)} classes names, in the order of their labels: 'data.class_names=[...]'"
+    expectation = "names that don't look like paths, for they are published"
+    expect(not refused, "data.class_names", few(refused), expectation, advice)
 
 
 def public_records(config: Config, source: Source) -> int:

@@ -87,13 +87,17 @@ def train(
             f"scaling.physical_batch_size={unit}: expected so many images to fit the memory, which others may use; "
             "run the same command where more is free, or begin another run.name with a smaller size"
         ) from error
-    if run.scratch != run.root:
-        # Of private images, nothing stays on a machine that was lent. Another worker may do so at the same moment.
-        shutil.rmtree(run.mapped, ignore_errors=True)
+    forget_mapped(run)
     if workers.rank == 0:
         (run.checkpoints / "average.json").unlink(missing_ok=True)  # of weights that are overwritten here
         ema.copy_to(network)
         save_weights(run.weights, network, stamp(config))
+
+
+def forget_mapped(run: Run) -> None:
+    """Of private images, nothing stays on a machine that was lent. Several workers may do so at the same moment."""
+    if run.scratch != run.root:
+        shutil.rmtree(run.mapped, ignore_errors=True)
 
 
 def new_network(run: Run, prepared: Prepared) -> UNet:

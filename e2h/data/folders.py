@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from e2h.config import DataConfig
 from e2h.data import filesystem
+from e2h.data.links import refuse_double_links
 from e2h.data.records import (
     MAX_FILE_BYTES,
     RawRecord,
@@ -39,8 +40,8 @@ def open_folder(data: DataConfig) -> Source:
     """Lists the image files; hidden files are ignored, other suffixes too, with a remark.
 
     Raises:
-      InputError: no images, images outside a class folder, a class with fewer than two training images, a zip entry
-        that leaves the folder, is encrypted or occurs twice.
+      InputError: no images, images outside a class folder, a class with fewer than two training images, a link by
+        which images are listed twice, a zip entry that leaves the folder, is encrypted or occurs twice.
     """
     images, others = _list_images(data)
     groups = _split_groups(images, data)
@@ -80,6 +81,7 @@ def _list_images(data: DataConfig) -> tuple[Parts, list[str]]:
     """The images, and the names of the other files."""
     path = str(data.path)
     is_zip = filesystem.kind(path) == "file"
+    refuse_double_links(data, SUFFIXES)
     files = _list_zip(data) if is_zip else filesystem.list_files(path)
     images = [(name, size) for name, size in files if name.lower().endswith(SUFFIXES)]
     if not images:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from e2h.config import DataConfig
 from e2h.data import filesystem
+from e2h.data.links import refuse_double_links
 from e2h.data.records import (
     RawRecord,
     Shard,
@@ -43,7 +44,8 @@ def open_parquet(data: DataConfig) -> Source:
     """Lists a Parquet file, or a folder of them; only metadata and, without class names, the label column are read.
 
     Raises:
-      InputError: no files or rows, a missing or unusable column, files with and without a split in one folder.
+      InputError: no files or rows, a missing or unusable column, files with and without a split in one folder, a link
+        by which a file is listed twice.
     """
     groups = _split_groups([_open_file(data, name) for name in _list_names(data)], data)
     files = [file for group in groups.values() for file in group]
@@ -65,6 +67,7 @@ def _list_names(data: DataConfig) -> list[str]:
     path = str(data.path)
     if filesystem.kind(path) == "file":
         return [""]
+    refuse_double_links(data, (".parquet",))
     names = [name for name, _ in filesystem.list_files(path) if name.lower().endswith(".parquet")]
     if not names:
         raise path_error(data, "a Parquet file or a folder of them, found no *.parquet")

@@ -13,6 +13,7 @@ import posixpath
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from e2h import s3
 from e2h.data import filesystem
@@ -84,6 +85,11 @@ def place(location: str | os.PathLike[str]) -> Place:
     if "://" in url:
         raise InputError(f"path={url}: expected a local path or s3://bucket/prefix")
     return Path(url).expanduser().resolve()
+
+
+def escaped(location: Place) -> str:
+    """For those who read a location by the rules of URLs, as Ray does; ours may hold spaces, '#', '%' or any letter."""
+    return quote(str(location), safe=":/") if isinstance(location, S3Path) else str(location)
 
 
 def scratch_folder(location: S3Path) -> Path:

@@ -70,7 +70,7 @@ def check_shared(folder: Path) -> None:
     probe = folder / f".seen-{token[:8]}"
     probe.write_text(token)
     try:
-        blind = sorted({host for host, seen in _on_each_node(_reader(probe)) if seen != token})
+        blind = sorted({host for host, seen in on_each_node(_reader(probe)) if seen != token})
     finally:
         probe.unlink(missing_ok=True)
     if blind:
@@ -90,7 +90,7 @@ def _reader(probe: Path) -> Callable[[], tuple[str, str]]:
     return read
 
 
-def _on_each_node(work: Callable[[], Any]) -> list[Any]:
+def on_each_node(work: Callable[[], Any]) -> list[Any]:
     """What `work` returns on every node that may be given work; a node that is lost meanwhile is left out."""
     nodes = [node["NodeID"] for node in alive() if node["Resources"].get("CPU")]
     answers = []

@@ -43,6 +43,7 @@ from e2h.curriculum.search import (
 )
 from e2h.curriculum.search_plan import SearchPlan, plan_search
 from e2h.data.filesystem import remove, write_bytes
+from e2h.data.remote import escaped
 from e2h.data.storage import Prepared
 from e2h.distributed.capacity import check_capacity
 from e2h.distributed.console import say, show_plan, working
@@ -264,7 +265,7 @@ def _fit(
         ),
         run_config=tune.RunConfig(
             name="trials",
-            storage_path=str(storage),
+            storage_path=escaped(storage),
             failure_config=tune.FailureConfig(max_failures=run.config.scaling.max_failures),
             callbacks=[_EndAtSignal()],
             verbose=0,

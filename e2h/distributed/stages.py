@@ -83,8 +83,8 @@ def sample(run: Run) -> None:
             settle_weights(run)
             datasets.synthesize(run, num_shards(run.config.sampling), tell)
             write_synthetic_grid(run, len(facts.class_names))
-            results.show_grid(run, "synthetic")
             run.mark_done("sample")
+            results.show_grid(run, "synthetic")
     say("sample", f"{len(labels)} synthetic images (synthetic/grid.png)")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import ControllerError
 from ray.train.torch import TorchConfig
 from ray.train.v2.api import config as ray_config  # ray.train names the same classes, but with the types of old ones
@@ -21,13 +22,14 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from e2h.config import ScalingConfig
 from e2h.curriculum.run import Run
-from e2h.curriculum.train import train
+from e2h.curriculum.train import forget_mapped, train
 from e2h.curriculum.workers import Workers
 from e2h.data.filesystem import remove, write_bytes
-from e2h.data.remote import Place
+from e2h.data.remote import Place, S3Path, escaped
 from e2h.distributed.capacity import START_TIMEOUT, start_timeout_s
 from e2h.distributed.deadline import StartDeadline
 from e2h.distributed.failures import budget_refusal, refusal
+from e2h.distributed.nodes import on_each_node
 from e2h.distributed.progress import PROGRESS_FILE, Progress
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.events import Release
@@ -54,7 +56,7 @@ def train_on_workers(run: Run, release: Release, until: int | None = None) -> No
     note.unlink(missing_ok=True)
     remove(storage)  # Ray's notes of a driver that was killed
     try:
-        _fit(run, release, until, str(storage))
+        _fit(run, release, until, escaped(storage))
     except Exception as error:
         with suppress(OSError):  # nor can a note be read from a store that is away
             _raise_noted(note)
@@ -64,6 +66,10 @@ def train_on_workers(run: Run, release: Release, until: int | None = None) -> No
         with suppress(OSError):  # the error itself tells more, and the next call removes what is left
             remove(storage)
     _raise_noted(note)
+    if isinstance(run.root, S3Path):
+        # Also where a worker was that is not in the last group. The run does not fail by what it leaves there.
+        with suppress(RayError):
+            on_each_node(lambda: forget_mapped(run))
 
 
 def _fit(run: Run, release: Release, until: int | None, storage: str) -> None:

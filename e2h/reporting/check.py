@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from e2h.config import NOT_PRIVATE
+from e2h.data.private_paths import private_paths
 from e2h.errors import InputError
 from e2h.reporting.metrics import METRICS, ReleaseClass
 from e2h.reporting.recompute import TOLERANCE, read_ledger, recompute, stated_epsilon
@@ -51,10 +52,6 @@ _DATA_URI = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]*)")
 # Nothing but pixels: no text, no EXIF, no colour profile, nothing behind the end.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _STAMP = b"not_private\0" + NOT_PRIVATE.encode()
-# Two path components or more, so that closing tags and "1/N" don't count; storage addresses and home folders do.
-_PRIVATE_PATH = re.compile(
-    r"(?<![\w/.<])/[A-Za-z_][\w.-]*(?:/[\w.-]+)+|\b(?:s3|gs|file|hdfs|abfs)://[^\s\"'<]+|~/[\w.-]+|\b[A-Z]:\\\w+"
-)
 _SENSITIVE_WORDS = (
     *(word for n, m in METRICS.items() if m.release_class is ReleaseClass.SENSITIVE for word in (n, m.title)),
     "evaluation.json",
@@ -114,7 +111,7 @@ def _text_problems(name: str, text: str) -> list[str]:
     found += [f"{name}: sensitive name {word!r}" for word in _SENSITIVE_WORDS if word in text]
     if _SENSITIVE_MARK.search(text):
         found.append(f"{name}: content marked sensitive")
-    found += [f"{name}: private path {match!r}" for match in sorted(set(_PRIVATE_PATH.findall(text)))]
+    found += [f"{name}: private path {match!r}" for match in private_paths(text)]
     return found
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from e2h.config import NOT_PRIVATE
 from e2h.data import filesystem
-from e2h.data.remote import Place, place
+from e2h.data.remote import Place, place, scratch_folder
 from e2h.reporting.event_files import EventFile
 
 ROWS = "metrics.jsonl"
@@ -181,7 +181,7 @@ def _local_folder(run_dir: Place) -> Path:
     """Where files can grow: the run directory, or a new folder with the rows that a remote one has so far."""
     if isinstance(run_dir, Path):
         return run_dir
-    folder = Path(tempfile.mkdtemp(prefix="e2h-metrics-"))
+    folder = Path(tempfile.mkdtemp(prefix="metrics-", dir=scratch_folder(run_dir)))
     if (run_dir / ROWS).exists():
         filesystem.copy_files(run_dir, folder, [ROWS])
     return folder

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from e2h import audit, load_release, plan, recompute_epsilon, run
+from e2h.curriculum import listing
 from e2h.errors import BudgetError, InputError
 
 pytestmark = pytest.mark.long
@@ -114,7 +115,8 @@ def test_an_alien_checkpoint_is_refused_and_not_executed(settings, tmp_path):
     assert not witness.exists()
 
 
-def test_a_finished_call_changes_nothing_and_prints_nothing(release, settings, capfd):
+def test_a_finished_call_changes_nothing_and_prints_nothing(release, settings, capfd, monkeypatch):
+    monkeypatch.setattr(listing, "open_source", None)  # nor are the images listed again
     root = release.parent
     before = {name: (root / name).read_bytes() for name in ("ledger.jsonl", "checkpoints/model.safetensors")}
     assert run(settings) == release

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from e2h.config import Config
-from e2h.curriculum.listing import doubts, listed
+from e2h.curriculum.listing import doubts, listed, remarks
+from e2h.curriculum.run import Run
+from e2h.curriculum.stages import prepare
 from e2h.data.exports import write_hf_parquet
 from e2h.errors import InputError
 from e2h.settings import compose
 
 
-def config_of(folder: Path, num_classes: int = 2) -> Config:
+def config_of(folder: Path, num_classes: int = 2, names: Sequence[str] = ()) -> Config:
     images, labels = np.zeros((60, 8, 8, 1), np.uint8), np.arange(60) % num_classes
-    write_hf_parquet(folder / "images.parquet", images, labels, [str(label) for label in range(num_classes)])
+    write_hf_parquet(folder / "images.parquet", images, labels, names or [str(label) for label in range(num_classes)])
     config = Config()
     config.data.source, config.data.path = "parquet", str(folder / "images.parquet")
     config.finetune.expected_batch_size = 8
@@ -30,6 +34,19 @@ def test_an_evaluation_needs_held_out_images(tmp_path):
         listed(config)
     config.evaluation.enabled = False
     assert listed(config).num_train == 60
+
+
+@pytest.mark.parametrize("name", ["/a/abbey", "/m/01g317", "s3://hospital/scans", "~/cats"])
+def test_a_class_named_like_a_path_is_refused_before_anything_is_paid(tmp_path, name):
+    config = config_of(tmp_path, names=["dog", name])
+    refusal = rf"^data.class_names={name}: expected names that don't look like paths.*; give all 2 classes names"
+    with pytest.raises(InputError, match=refusal):
+        listed(config)
+    config.data.class_names = ["dog", "abbey, 1/2 of them and/or /m"]
+    assert listed(config).class_names == tuple(config.data.class_names)
+    config.data.class_names[0] = name
+    with pytest.raises(InputError, match=refusal):
+        listed(config)
 
 
 @pytest.mark.parametrize(("score", "ok"), [(None, False), ("accuracy", False), ("central", True)])
@@ -62,3 +79,20 @@ def test_a_network_for_another_size_is_doubted_and_one_for_this_size_is_not(mode
     assert ["in its middle alone" in said for said in doubts(other)] == [True]
     patched = {"model": model, "data.image_size": 2 * size, "model.patch_size": 2}
     assert doubts(compose(patched)) == []
+
+
+def test_nobody_needs_the_source_of_images_that_are_prepared(tmp_path):
+    run = Run(tmp_path / "run", config_of(tmp_path))
+    run.root.mkdir()
+    source = Path(str(run.config.data.path))
+    source.rename(tmp_path / "away")
+    with pytest.raises(InputError, match="found nothing"):
+        remarks(run)
+    (tmp_path / "away").rename(source)
+    prepared = prepare(run)
+    source.unlink()
+    assert remarks(run) == ()
+    assert prepare(run) == prepared
+    other = replace(run.config, data=replace(run.config.data, test_fraction=0.5))
+    with pytest.raises(InputError, match="found nothing"):
+        remarks(Run(run.root, other))

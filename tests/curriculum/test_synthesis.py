@@ -16,10 +16,18 @@ from small_runs import prepare, small_config
 from e2h.config import NOT_PRIVATE, Config, SamplingConfig, stamp
 from e2h.curriculum import synthesis
 from e2h.curriculum.run import Run, open_run
-from e2h.curriculum.synthesis import Synthesizer, batch_size, image_labels, num_shards, shard_path
+from e2h.curriculum.synthesis import (
+    Synthesizer,
+    batch_size,
+    image_labels,
+    num_shards,
+    shard_path,
+    synthesized,
+)
 from e2h.curriculum.train import new_network, save_weights
 from e2h.data.exports import read_hf_parquet
 from e2h.data.storage import open_prepared
+from e2h.distributed import stages
 from e2h.errors import InputError
 
 # Labels --------------------------------------------------------------------------------------------------------------
@@ -217,3 +225,23 @@ def test_images_and_weights_of_a_published_secret_say_so(run, tmp_path, test_mod
         notes = [weights.metadata().get("not_private"), pq.read_schema(shard_path(folder / "synthetic", 0)).metadata]
     assert notes[0] == (NOT_PRIVATE if test_mode else None)
     assert notes[1].get(b"not_private") == (NOT_PRIVATE.encode() if test_mode else None)
+
+
+def test_a_picture_does_not_decide_whether_a_stage_is_done(run, tmp_path, monkeypatch):
+    copy = Run(tmp_path / "copy", run.config)
+    shutil.copytree(run.root, copy.root)
+
+    def refuse(*_: object) -> None:
+        raise InputError("image=195006x396")
+
+    def write_shards(run: Run, count: int, _: object) -> None:
+        for index in range(count):
+            Synthesizer(run).write_shard(index)
+
+    monkeypatch.setattr(stages, "await_nodes", lambda *_: None)
+    monkeypatch.setattr(stages.datasets, "synthesize", write_shards)
+    monkeypatch.setattr(stages.results, "show_grid", refuse)
+    with pytest.raises(InputError, match="image=195006x396"):
+        stages.sample(copy)
+    assert synthesized(copy)
+    stages.sample(copy)  # nothing is left to do

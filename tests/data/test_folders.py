@@ -156,6 +156,45 @@ def test_class_with_one_training_image(tmp_path: Path, write_images) -> None:
         open_source(config(tmp_path / "own"))
 
 
+@pytest.mark.parametrize(
+    ("link", "target", "named"),
+    [
+        ("cats/loop", "..", "cats/loop and the folder itself"),
+        ("up", "../..", "up and the folder itself"),
+        ("latest", "dogs", "latest and dogs"),
+        ("again", "cats/deep", "again and cats/deep"),
+        ("dogs/copy.png", "../cats/000.png", "dogs/copy.png and cats/000.png"),
+    ],
+)
+def test_a_link_that_lists_images_twice_is_refused(tmp_path: Path, write_images, link, target, named) -> None:
+    folder = write_images(tmp_path / "pets", [*PETS, "cats/deep/0.png"])
+    assert open_source(config(folder)).num_train > 0
+    (folder / link).symlink_to(target)
+    with pytest.raises(InputError, match=f"one way to every image, {named} lead to the same; remove the link {link}"):
+        open_source(config(folder))
+
+
+def test_two_links_to_one_place_elsewhere_are_refused(tmp_path: Path, write_images) -> None:
+    write_images(tmp_path / "store", PETS)
+    folder = write_images(tmp_path / "pets", ["bird/0.png", "bird/1.png"])
+    (folder / "cats").symlink_to(tmp_path / "store/cats")
+    assert open_source(config(folder, test_fraction=0.0)).num_train == 14
+    (folder / "dogs").symlink_to(tmp_path / "store")
+    with pytest.raises(InputError, match="cats and dogs/cats lead to the same; remove the link cats"):
+        open_source(config(folder))
+
+
+def test_images_may_be_links_to_a_store(tmp_path: Path, write_images) -> None:
+    folder, store = tmp_path / "pets", write_images(tmp_path / "pets/.store", PETS)
+    for name in PETS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(store / name)
+    assert open_source(config(folder, test_fraction=0.0)).num_train == 24
+    (folder / "dogs/more.png").symlink_to(store / PETS[0])
+    with pytest.raises(InputError, match=r"dogs/more.png and cats/000.png lead to the same"):
+        open_source(config(folder))
+
+
 @pytest.mark.parametrize("prefix", ["", "pets/"])
 def test_zip_reads_like_the_folder(tmp_path: Path, write_images, prefix: str) -> None:
     folder = write_images(tmp_path / "folder", [f"{split}/{name}" for split in ("train", "test") for name in PETS])

@@ -113,6 +113,15 @@ def test_files_without_split_names(tmp_path: Path, images: np.ndarray) -> None:
         open_source(config(tmp_path))
 
 
+def test_a_link_that_lists_a_file_twice_is_refused(tmp_path: Path, images: np.ndarray) -> None:
+    write(tmp_path / "values.parquet", images)
+    (tmp_path / "README.md").symlink_to("values.parquet")  # of another ending: not listed
+    assert open_source(config(tmp_path)).num_train > 0
+    (tmp_path / "more.parquet").symlink_to("values.parquet")
+    with pytest.raises(InputError, match=r"more.parquet and values.parquet lead to the same; remove the link more"):
+        open_source(config(tmp_path))
+
+
 def test_class_names_of_a_class_label(tmp_path: Path, images: np.ndarray) -> None:
     path = write(tmp_path / "a.parquet", images, names=["x", "y", "z", "unseen"])
     assert open_source(config(path)).class_names == ("x", "y", "z", "unseen")

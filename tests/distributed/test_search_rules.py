@@ -11,12 +11,14 @@ from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
+from pyarrow.fs import FileSystem
 
 from e2h.config import Config, RunConfig, SearchConfig
 from e2h.curriculum.run import Run, open_run
 from e2h.curriculum.search import score_path, store, trial_config, write_score
 from e2h.curriculum.stages import calibrate, prepare, read_or_make_plan
 from e2h.data.filesystem import remove
+from e2h.data.remote import place
 from e2h.data.storage import open_prepared
 from e2h.distributed import search as search_module
 from e2h.distributed.search import _fit, _open_budget, _run_adaptive, _run_fixed, search_trials
@@ -179,3 +181,22 @@ def test_tune_keeps_no_signal_for_itself(opened, monkeypatch):
         for one, handler in zip(taken, before, strict=True):
             signal.signal(one, handler)
     assert during == before
+
+
+def test_what_tune_keeps_in_a_bucket_lies_where_the_search_takes_it_away(bucket, monkeypatch):
+    """Tune reads its folder as a URL, in which a name with a space or '#' is another, or none."""
+    seen, removed = [], []
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    monkeypatch.setenv("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    monkeypatch.setattr(search_module, "remove", lambda storage: removed.append(str(storage).removeprefix("s3://")))
+
+    class Tuner:
+        def __init__(self, *_, run_config, **__):
+            seen.append(FileSystem.from_uri(run_config.storage_path)[1])
+
+        def fit(self):
+            return SimpleNamespace(errors=[])
+
+    monkeypatch.setattr(search_module.tune, "Tuner", Tuner)
+    _fit(Run(place(f"{bucket}/runs/käfer, rot #2"), Config(), "owner"), lambda point: None, {}, 1, None)
+    assert removed == seen * 2

@@ -14,9 +14,9 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from small_runs import small_config
 
 from e2h.config import ScalingConfig
-from e2h.curriculum.run import open_run
+from e2h.curriculum.run import Run, open_run
+from e2h.curriculum.train import forget_mapped
 from e2h.curriculum.workers import Workers
-from e2h.data.filesystem import remove
 from e2h.data.remote import place
 from e2h.distributed import deadline, training
 from e2h.distributed.deadline import StartDeadline
@@ -136,15 +136,41 @@ def test_an_elastic_group_does_not_wait_long_for_a_node_that_died(fitted, monkey
     assert TIMEOUT not in os.environ
 
 
-def test_what_ray_keeps_in_a_bucket_can_be_taken_away(bucket):
+@pytest.mark.parametrize("name", ["digits", "my pets", "käfer", "a#b", "a%20b?"])
+def test_what_ray_keeps_in_a_bucket_lies_in_the_run_and_can_be_taken_away(bucket, monkeypatch, tmp_path, name):
     def objects() -> list[str]:
         return [one["Key"] for one in boto3.client("s3").list_objects_v2(Bucket="images").get("Contents", [])]
 
-    storage = place(f"{bucket}/runs/digits/ray")
-    StorageContext(storage_path=str(storage), experiment_dir_name="train-1")
-    assert "runs/digits/ray/train-1/" in objects()
-    remove(storage)
-    assert not [key for key in objects() if key.startswith("runs/digits/ray")]
+    def fit(run, release, until, storage):
+        StorageContext(storage_path=storage, experiment_dir_name="train-1")
+        assert f"runs/{name}/ray/train-1/" in objects()
+
+    monkeypatch.setattr(training, "_fit", fit)
+    monkeypatch.setattr(training, "on_each_node", lambda work: None)
+    training.train_on_workers(Run(place(f"{bucket}/runs/{name}"), small_config(tmp_path), "owner"), None)
+    assert not [key for key in objects() if "ray" in key]
+
+
+def test_images_that_a_machine_of_an_earlier_group_unpacked_are_removed_after_training(bucket, monkeypatch, tmp_path):
+    run = Run(place(f"{bucket}/runs/digits"), small_config(tmp_path), "owner")
+    machines = [tmp_path / name for name in ("of the last group", "left before")]
+
+    def on_machines(work, folders=machines) -> None:
+        for folder in folders:
+            monkeypatch.setattr("tempfile.tempdir", str(folder))
+            work()
+
+    def unpack() -> None:
+        run.mapped.mkdir(parents=True)
+        (run.mapped / "train.npy").write_bytes(b"private")
+
+    for folder in machines:
+        folder.mkdir()
+    on_machines(unpack)
+    monkeypatch.setattr(training, "_fit", lambda *_: on_machines(lambda: forget_mapped(run), machines[:1]))
+    monkeypatch.setattr(training, "on_each_node", on_machines)
+    training.train_on_workers(run, None)
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 # Notice --------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,19 @@ def test_tensorboard_and_torch_are_imported_only_by_a_writer():
     code = "import sys, e2h.reporting.metrics, e2h.reporting.check; print({'torch', 'tensorboard'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_what_a_killed_writer_leaves_lies_where_its_owner_is_told_to_look(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for killed in (True, False):
+        metrics = MetricWriter(f"{bucket}/run")
+        metrics.scalar("finetune/loss", 1.0, 1)
+        if not killed:
+            metrics.close()
+        (left,) = tmp_path.iterdir()
+        assert left.name == f"e2h-{os.getuid()}"
+        assert left.stat().st_mode & 0o777 == 0o700
+        assert len(list(left.glob("*/metrics-*"))) == 1
 
 
 def test_a_run_in_a_bucket_gets_the_same_rows_and_curves(bucket, tmp_path, monkeypatch):
