@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import zipfile
 from pathlib import Path
 
@@ -214,6 +215,18 @@ def test_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path, write_images, 
         file.writestr("cats/bomb.png", b"\0" * 1001)
     with pytest.raises(InputError, match=r"cats/bomb\.png: expected at most 1000 bytes an image, found 1001"):
         open_source(config(archive))
+
+
+def test_paths_that_no_file_system_takes(tmp_path: Path, write_images, bucket: str) -> None:
+    write_images(tmp_path, PETS)
+    assert open_source(config(tmp_path)).num_train > 0
+    (tmp_path / PETS[0]).rename(os.fsdecode(os.fsencode(tmp_path) + b"/cats/\xe9.png"))
+    with pytest.raises(InputError, match=r"expected names in UTF-8, found b'.*/cats/\\xe9\.png'; rename it"):
+        open_source(config(tmp_path))
+    with pytest.raises(InputError, match=r"^data\.path=.*: expected names in UTF-8"):
+        open_source(config(Path(os.fsdecode(b"/\xe9"))))
+    with pytest.raises(InputError, match=r"^data\.path=s3://images//pets: .*Empty path component.*; correct the path"):
+        open_source(DataConfig(source="image_folder", path=f"{bucket}//pets"))
 
 
 @pytest.mark.parametrize("method", READABLE)
