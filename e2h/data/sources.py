@@ -46,7 +46,7 @@ def open_source(data: DataConfig) -> Source:
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise path_error(data, f"names in UTF-8, found {error.object!r}", "rename it") from error
     except (OSError, ArrowException) as error:
-        advice = "correct the path, or fetch the data again"
+        advice = "correct the path or its permissions, or fetch the data again"
         raise path_error(data, f"readable {data.source} data ({one_line(error)})", advice) from error
 
 

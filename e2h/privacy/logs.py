@@ -25,7 +25,7 @@ PROBE = ".probe"
 def open_log(location: str | os.PathLike[str]) -> FileLog | ObjectLog:
     """The log of a local path, or of `s3://bucket/prefix`."""
     place = os.fspath(location)
-    return ObjectLog(place) if place.startswith("s3://") else FileLog(Path(place))
+    return ObjectLog(place) if place.startswith("s3://") else FileLog(Path(os.path.expanduser(place)))
 
 
 class FileLog:

@@ -193,7 +193,7 @@ def test_a_damaged_label_column_is_one_line(tmp_path: Path, images: np.ndarray) 
     with pytest.raises(InputError) as read:
         read_all(config(path, class_names=list("abc")))
     assert str(listed.value).startswith(f"data.path={path}: expected readable parquet data (")
-    assert str(listed.value).endswith("; correct the path, or fetch the data again")
+    assert str(listed.value).endswith("; correct the path or its permissions, or fetch the data again")
     assert "\n" not in str(listed.value) + str(read.value)
 
 

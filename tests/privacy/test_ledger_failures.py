@@ -15,6 +15,7 @@ from ledger_cases import EVENT, FORK, OWNER, PLAN, file_ledger, one_per_cent_a_s
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.chain import encode
 from e2h.privacy.ledger import Ledger
+from e2h.privacy.logs import open_log
 
 
 def alone(ledger: Ledger) -> Ledger:
@@ -211,6 +212,12 @@ def test_a_disk_that_fails_to_sync_has_charged_nothing(ledger, monkeypatch):
             spend(ledger, 16, 32)
     assert path.read_bytes() == before
     assert spend(ledger, 16, 32)
+
+
+def test_a_ledger_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Ledger(open_log("~/own.jsonl"), OWNER).open(PLAN, one_per_cent_a_step)
+    assert (tmp_path / "own.jsonl").exists()
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
