@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from e2h.config import Config, expect, warmups
 from e2h.curriculum.listing import listed, public_records, remarks
+from e2h.curriculum.notes import usable
 from e2h.curriculum.run import Run, open_run, run_root
 from e2h.data.exports import read_hf_parquet
 from e2h.data.remote import Place
@@ -58,7 +59,8 @@ def plan(settings: Settings = None) -> PrivacyPlan:
     config = _of_one_run(settings)
     source = listed(config)
     made = make_plan(config, public_records(config, source), source.class_names)
-    return Run(run_root(config), config).shared_plan(made)
+    with usable(config):
+        return Run(run_root(config), config).shared_plan(made)
 
 
 def run(settings: Settings = None, progress: Progress | None = None) -> Place:

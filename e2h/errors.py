@@ -10,3 +10,8 @@ class InputError(ValueError):
 
 class BudgetError(RuntimeError):
     """The privacy budget does not allow what was asked (exit code 3)."""
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message as part of such a line; pyarrow's may have several."""
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -76,8 +76,8 @@ def _validate_data(data: DataConfig) -> None:
 
 
 def _folder_name(key: str, name: str) -> None:
-    safe = bool(name) and "/" not in name and not name.startswith(".")
-    expect(safe, key, name, "a folder name without '/' and leading '.'")
+    safe = bool(name) and "/" not in name and not name.startswith(".") and len(name.encode(errors="replace")) <= 180
+    expect(safe, key, name, "a folder name of at most 180 bytes without '/' and leading '.'")
 
 
 def _validate_privacy(privacy: PrivacyConfig) -> None:

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from usage import usage
-from words import check_words
+from words import check_words, quoted
 
 from e2h.binding import differences
 from e2h.config import Config, expect
@@ -64,6 +64,7 @@ def configured(action: Callable[[Config], int]) -> None:
         composed.append(values)
 
     try:
+        sys.argv[1:] = quoted(sys.argv[1:])
         check_words(sys.argv[1:])
         compose()
         # Empty after --help or --cfg, which Hydra answers itself.

@@ -28,9 +28,16 @@ def main(arguments: list[str]) -> str:
     parser.add_argument("action", choices=("show", "verify"))
     parser.add_argument("path", metavar="PATH", help="a run directory, a ledger file, or s3://bucket/prefix")
     given = parser.parse_args(arguments)
-    location, run = find(given.path)
+    try:
+        return told(given.action, given.path)
+    except OSError as error:
+        raise InputError(f"{given.path}: expected a ledger that you may read ({error.strerror or error})") from error
+
+
+def told(action: str, path: str) -> str:
+    location, run = find(path)
     chain = read(location, witness_path(run) if run else None)
-    if given.action == "show":
+    if action == "show":
         return "\n".join(table(chain))
     return verify(chain, plan_of(run) if run else None)
 

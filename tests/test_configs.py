@@ -185,6 +185,7 @@ REFUSED = [
     ("run.storage", ""),
     ("run.name", "a/b"),
     ("run.name", ".hidden"),
+    ("run.name", "é" * 100),
     *(("data.name", value) for value in ("../x", "a/b", ".x", "")),
     ("ledger.scope", "person"),
     ("ledger.epsilon", 20.0),  # one run has privacy.epsilon

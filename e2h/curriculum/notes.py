@@ -1,11 +1,14 @@
-"""What a run's folder says of itself: with which settings, command and packages it is made, and may go on."""
+"""What a run's folder says of itself: how it is made (settings, command, packages), and whether it may go on."""
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import yaml
@@ -13,9 +16,9 @@ import yaml
 import e2h
 from e2h.binding import binding, differences
 from e2h.config import Config
-from e2h.data.filesystem import write_bytes
+from e2h.data.filesystem import store_refusal, write_bytes
 from e2h.data.remote import Place
-from e2h.errors import InputError
+from e2h.errors import InputError, one_line
 
 PACKAGES = ("torch", "numpy", "opacus", "dp-accounting", "pyarrow", "cryptography")
 
@@ -35,13 +38,32 @@ def describe(root: Place, config: Config) -> None:
     write_bytes(root / "environment.json", json.dumps(environment, indent=2).encode())
 
 
+@contextmanager
+def usable(config: Config) -> Iterator[None]:
+    """Around what reads and writes `run.storage` alone; a full disk says so by itself.
+
+    Raises:
+      InputError: in place of any other error of the system or the store.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = f"{error.strerror}: {error.filename}" if error.filename else one_line(error)
+        expectation = f"expected a folder to write to ({reason}; choose another, or another run.name)"
+        raise InputError(f"run.storage={config.run.storage}: {store_refusal(error) or expectation}") from error
+
+
 def check_binding(root: Place, config: Config) -> None:
-    """Raises `InputError` if the folder holds a run of another configuration."""
+    """Raises `InputError` if the folder holds a run of another configuration, or can't be read."""
     path = root / "binding.json"
-    if not path.exists():
+    with usable(config):
+        content = path.read_bytes() if path.exists() else None
+    if content is None:
         return
     try:
-        bound = json.loads(path.read_text())
+        bound = json.loads(content)
         changed = differences(bound, json.loads(json.dumps(binding(config))))
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(

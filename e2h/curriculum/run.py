@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from e2h.binding import binding, digest
 from e2h.config import PRODUCTS, Config, expect, run_name
 from e2h.curriculum.environment import check_float32
 from e2h.curriculum.lease import SURELY_STALE_S, only_driver
-from e2h.curriculum.notes import check_binding, describe
+from e2h.curriculum.notes import check_binding, describe, usable
 from e2h.data.filesystem import write_bytes
 from e2h.data.remote import Place, S3Path, abort_uploads, place, scratch_folder
 from e2h.errors import InputError
@@ -228,15 +228,9 @@ def make_root(config: Config) -> Place:
     """
     root = run_root(config)
     check_binding(root, config)
-    try:
+    with usable(config):
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise _unwritable(config, f"{error.strerror}: {error.filename}") from error
     return root
-
-
-def _unwritable(config: Config, reason: str) -> InputError:
-    return InputError(f"run.storage={config.run.storage}: expected a folder to write to ({reason}; choose another)")
 
 
 @contextmanager
@@ -248,26 +242,29 @@ def open_run(config: Config, common: Place | None = None) -> Iterator[Run]:
       common: for a trial of a search, see `Run.common`.
 
     Raises:
-      InputError: if the directory holds a run of another configuration, or another process is running it.
+      InputError: if the directory can't be used or holds a run of another configuration, or another process runs it.
     """
     run = Run(make_root(config), config, secrets.token_hex(16), common)
-    # Of a trial's drivers one that still holds it is dead: the search alone starts another.
-    with only_driver(run.root, SURELY_STALE_S if common is not None else 0.0):
-        check_binding(run.root, config)
-        if isinstance(run.root, S3Path):
-            abort_uploads(run.root)
-        try:
-            for folder in (".secrets", ".ledgers"):
-                (run.root.parent / folder).mkdir(exist_ok=True, mode=0o700)
-            _create_secret(run)
-        except PermissionError as error:
-            raise _unwritable(config, f"{error.strerror}: {error.filename}") from error
-        run.secret()
-        for log in (run.ledger.chain.log, *([run.dataset_ledger.chain.log] if run.dataset_ledger else [])):
-            if isinstance(log, ObjectLog):
-                log.probe()
-        describe(run.root, config)
+    with ExitStack() as held:
+        with usable(config):
+            # Of a trial's drivers one that still holds it is dead: the search alone starts another.
+            held.enter_context(only_driver(run.root, SURELY_STALE_S if common is not None else 0.0))
+            _begin(run)
         yield run
+
+
+def _begin(run: Run) -> None:
+    check_binding(run.root, run.config)
+    if isinstance(run.root, S3Path):
+        abort_uploads(run.root)
+    for folder in (".secrets", ".ledgers"):
+        (run.root.parent / folder).mkdir(exist_ok=True, mode=0o700)
+    _create_secret(run)
+    run.secret()
+    for log in (run.ledger.chain.log, *([run.dataset_ledger.chain.log] if run.dataset_ledger else [])):
+        if isinstance(log, ObjectLog):
+            log.probe()
+    describe(run.root, run.config)
 
 
 def _begun(run: Run) -> bool:

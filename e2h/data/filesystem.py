@@ -17,6 +17,7 @@ from e2h.errors import InputError
 Location = str | os.PathLike[str]
 
 OWNER_ONLY = 0o600
+STORE_ERROR = "AWS Error "  # in pyarrow's message, which is all that tells it from other errors
 PUBLIC = 0o666  # narrowed by the user's umask, as for any ordinary file
 
 
@@ -38,6 +39,17 @@ def resolve(location: Location) -> tuple[Any, str]:
     except ValueError as error:  # pyarrow.ArrowInvalid
         raise InputError(f"path={location}: expected a local path, s3:// or gs:// ({error})") from error
     return file_system, f"{base}/{key}".rstrip("/")
+
+
+def store_refusal(error: OSError) -> str | None:
+    """What an object store answered, and the way out; None for an error of anything else."""
+    _, found, rest = str(error).partition(STORE_ERROR)
+    if not found:
+        return None
+    said = rest.splitlines()[0]
+    if said.startswith("NETWORK_CONNECTION"):
+        return f"the store can't be reached ({said}); run the same command again when it can"
+    return f"the store refuses ({said}); check your keys and rights, then run the same command again"
 
 
 def join(location: Location, *parts: str) -> str:

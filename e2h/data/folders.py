@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import zipfile
 import zlib
@@ -32,6 +33,8 @@ TEST_NAMES = ("test", "val", "validation")  # the first that is there is the tes
 SPLIT_NAMES = {"train", "training", *TEST_NAMES, "testing", "valid", "dev", "eval"}  # no classes, however written
 ENCRYPTED = 0x1 | 0x40  # flag bits: the old and the strong encryption
 READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
+BZIP2_DAMAGED = "Invalid data stream"  # all that tells bz2's OSError from one of the disk or of a store
 
 Parts = dict[str, tuple[str, ...]]  # a record's name -> its path below the root, in parts
 
@@ -214,5 +217,9 @@ def _read_members(shard: Shard, read: Callable[[str], bytes]) -> Iterator[RawRec
 def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         return archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+    except DAMAGED:
+        return b""
+    except OSError as error:
+        if str(error) != BZIP2_DAMAGED:
+            raise
         return b""

@@ -26,7 +26,7 @@ from e2h.data.records import (
     make_source,
     path_error,
 )
-from e2h.errors import InputError
+from e2h.errors import InputError, one_line
 
 BATCH = 256  # rows decoded at a time
 MAX_CLASSES = 10_000  # above this an integer column is hardly a label
@@ -82,7 +82,7 @@ def _open_file(data: DataConfig, name: str) -> _File:
             parquet = pq.ParquetFile(file)
             return _File(location, name or path.rsplit("/", 1)[-1], parquet.metadata.num_rows, parquet.schema_arrow)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"file={location}: expected a Parquet file ({error}); fetch again") from error
+        raise InputError(f"file={location}: expected a Parquet file ({one_line(error)}); fetch again") from error
 
 
 def _split_groups(files: list[_File], data: DataConfig) -> dict[str, list[_File]]:
@@ -113,9 +113,11 @@ def _check_columns(file: _File, data: DataConfig) -> None:
     for key, name in (("image_column", data.image_column), ("label_column", data.label_column)):
         if name is not None and name not in columns:
             raise InputError(f"data.{key}={name}: expected one of {', '.join(columns)} (the columns of {file.name})")
+        if file.schema.names.count(name) > 1:
+            raise InputError(f"data.{key}={name}: expected one such column in {file.name}, found several; rename them")
     image = columns[data.image_column]
-    is_struct = pa.types.is_struct(image) and image.get_field_index("bytes") >= 0
-    if not is_struct and not _is_binary(image):
+    place = image.get_field_index("bytes") if pa.types.is_struct(image) else -1  # -1 for none, and for several
+    if not _is_binary(image.field(place).type if place >= 0 else image):
         raise InputError(
             f"data.image_column={data.image_column}: expected struct<bytes, path> or binary, found {image}"
         )

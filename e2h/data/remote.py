@@ -84,7 +84,7 @@ def place(location: str | os.PathLike[str]) -> Place:
         return path
     if "://" in url:
         raise InputError(f"path={url}: expected a local path or s3://bucket/prefix")
-    return Path(url).expanduser().resolve()
+    return Path(os.path.expanduser(url)).resolve()
 
 
 def escaped(location: Place) -> str:

@@ -14,6 +14,7 @@ from e2h.data.folders import open_folder, read_folder
 from e2h.data.idx import open_idx, read_idx
 from e2h.data.parquet import open_parquet, read_parquet
 from e2h.data.records import RawRecord, Shard, Source, is_test, path_error, record_id
+from e2h.errors import one_line
 
 __all__ = ["RawRecord", "Shard", "Source", "is_test", "open_source", "read_shard", "record_id"]
 
@@ -42,8 +43,11 @@ def open_source(data: DataConfig) -> Source:
             what = f"a folder with {data.source} data" if data.source in NEEDS_FOLDER else f"{data.source} data"
             raise path_error(data, f"{what}, found {'nothing' if kind == 'missing' else 'a file'}", "correct the path")
         return opener(data)
-    except OSError as error:
-        raise path_error(data, f"readable {data.source} data ({error})") from error
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise path_error(data, f"names in UTF-8, found {error.object!r}", "rename it") from error
+    except (OSError, ArrowException) as error:
+        advice = "correct the path or its permissions, or fetch the data again"
+        raise path_error(data, f"readable {data.source} data ({one_line(error)})", advice) from error
 
 
 def read_shard(shard: Shard, data: DataConfig) -> Iterator[RawRecord]:
@@ -56,4 +60,5 @@ def read_shard(shard: Shard, data: DataConfig) -> Iterator[RawRecord]:
     try:
         yield from reader(shard, data)
     except (OSError, UnicodeDecodeError, ArrowException) as error:
-        raise path_error(data, f"readable {data.source} data, {shard.file} is not ({error})", "fetch again") from error
+        expectation = f"readable {data.source} data, {shard.file} is not ({one_line(error)})"
+        raise path_error(data, expectation, "fetch again") from error

@@ -8,11 +8,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from e2h.data.filesystem import write_bytes
+from e2h.data.filesystem import store_refusal, write_bytes
 from e2h.data.remote import Place
 from e2h.errors import BudgetError, InputError
 
-UNREACHABLE = "AWS Error NETWORK_CONNECTION"  # in pyarrow's message, which is all that tells it from other errors
 FAILURE_FILE = "failure.txt"
 MAX_CAUSES, MAX_CHARACTERS = 3, 300
 
@@ -37,16 +36,15 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def refusal(error: BaseException) -> str | None:
-    """The one line that an input error, a full disk or an absent store deserves; None for a fault of the program."""
+    """The one line that an input error, a full disk or a store deserves; None for a fault of the program."""
     for one in causes(error):
         # Ray's own wrappers inherit from the wrapped class but carry a traceback as their text.
         if isinstance(one, InputError) and type(one) is InputError:
             return str(one)
         if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{one.filename or 'run.storage'}: the disk is full; make room, then run the same command again"
-        if isinstance(one, OSError) and UNREACHABLE in str(one):
-            said = str(one).partition("AWS Error ")[2].splitlines()[0]
-            return f"run.storage: the store can't be reached ({said}); run the same command again when it can"
+        if isinstance(one, OSError) and (said := store_refusal(one)):
+            return f"run.storage: {said}"
     return None
 
 

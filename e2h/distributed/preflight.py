@@ -9,8 +9,8 @@ from typing import Any
 
 from e2h.config import Config
 from e2h.curriculum.listing import listed, public_records
-from e2h.curriculum.notes import check_binding
-from e2h.curriculum.run import Run
+from e2h.curriculum.notes import check_binding, usable
+from e2h.curriculum.run import Run, make_root
 from e2h.curriculum.search import candidates
 from e2h.curriculum.search_plan import SearchPlan, plan_search, price_list
 from e2h.data.filesystem import write_bytes
@@ -26,16 +26,22 @@ def dry_run(config: Config, root: Place) -> PrivacyPlan:
     check_binding(root, config)
     source = listed(config)
     num_records = public_records(config, source)
-    run = Run(root, config)
-    plan = run.shared_plan(make_plan(config, num_records, source.class_names))
+    run, plan = Run(root, config), make_plan(config, num_records, source.class_names)
+    with usable(config):
+        plan = run.shared_plan(plan)
     content = plan.to_json()
     _say_images(config, source)
-    # The plan of a run that has begun is what its ledger was opened with: looking must not change it.
-    if run.ledger.budget() is None:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
+    _keep(run, content)
     show_plan(plan, [release["epsilon_alone"] for release in content["releases"]], config)
     return plan
+
+
+def _keep(run: Run, content: dict[str, Any]) -> None:
+    """The plan of a run that has begun is what its ledger was opened with: looking must not change it."""
+    with usable(run.config):
+        if run.ledger.budget() is None:
+            make_root(run.config)
+            write_bytes(run.root / "plan.json", json.dumps(content, indent=2).encode())
 
 
 def _say_images(config: Config, source: Source) -> None:
@@ -64,13 +70,12 @@ def search_dry_run(config: Config, root: Place) -> None:
         rows = price_list(config, num_records)
     else:
         run, plan = Run(root, config), _plan_any(config, num_records, source.class_names)
-        plan = replace(plan, whole=run.shared_plan(plan.whole))
+        with usable(config):
+            plan = replace(plan, whole=run.shared_plan(plan.whole))
         rows = price_list(config, num_records)
         content = {**plan.to_json(config), "prices": rows}
         _say_images(config, source)
-        if run.ledger.budget() is None:
-            root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_bytes(root / "plan.json", json.dumps(content, indent=2).encode())
+        _keep(run, content)
         show_plan(plan.whole, [release["epsilon_alone"] for release in content["releases"]])
         _show_trial(content["search"])
     _show_prices(rows)

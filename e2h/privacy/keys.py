@@ -71,7 +71,7 @@ def load_secret(reference: str) -> bytes:
     elif scheme == "s3":
         text = _read_object(reference)
     else:
-        text = _read_owner_only(reference, Path(place))
+        text = _read_owner_only(reference, Path(os.path.expanduser(place)))
     try:
         secret = bytes.fromhex(text.strip())
     except ValueError:

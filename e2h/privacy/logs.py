@@ -25,7 +25,7 @@ PROBE = ".probe"
 def open_log(location: str | os.PathLike[str]) -> FileLog | ObjectLog:
     """The log of a local path, or of `s3://bucket/prefix`."""
     place = os.fspath(location)
-    return ObjectLog(place) if place.startswith("s3://") else FileLog(Path(place))
+    return ObjectLog(place) if place.startswith("s3://") else FileLog(Path(os.path.expanduser(place)))
 
 
 class FileLog:
@@ -35,8 +35,9 @@ class FileLog:
         self.path, self.location = path, str(path)
 
     def read(self) -> list[bytes]:
-        if not self.path.exists():
-            return []
+        with self._explained():
+            if not self.path.exists():
+                return []
         with self._opened(os.O_RDONLY, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             whole, _ = self._split(file.read())
@@ -61,16 +62,21 @@ class FileLog:
 
     @contextmanager
     def _opened(self, flags: int, mode: str) -> Iterator[IO[bytes]]:
-        try:
+        with self._explained():
             descriptor = os.open(self.path, flags, 0o600)
+        with os.fdopen(descriptor, mode, buffering=0) as file:
+            yield file
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise InputError(
                 f"ledger {self.path}: expected a file in a folder that exists and may be written ({error.strerror})"
             ) from error
-        with os.fdopen(descriptor, mode, buffering=0) as file:
-            yield file
 
     def _split(self, content: bytes) -> tuple[bytes, bytes]:
         """Whole lines, and a torn last one: never acknowledged, so it counts for nothing."""

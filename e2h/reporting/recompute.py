@@ -78,12 +78,12 @@ def read_ledger(path: str | os.PathLike[str]) -> dict[str, Any]:
     return ledger
 
 
-def stated_epsilon(ledger: Mapping[str, Any]) -> float:
-    """The epsilon that the ledger claims; `InputError` if there is none."""
+def stated_epsilon(ledger: Mapping[str, Any], name: str = "epsilon") -> float:
+    """The epsilon that the ledger claims, or its `target_epsilon`; `InputError` if there is none."""
     try:
-        return float(ledger["epsilon"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"ledger: expected a number under epsilon ({type(error).__name__}: {error})") from error
+        return float(ledger[name])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"ledger: expected a number under {name} ({type(error).__name__}: {error})") from error
 
 
 def recompute(ledger: Mapping[str, Any]) -> float:

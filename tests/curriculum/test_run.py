@@ -143,11 +143,43 @@ def test_test_mode_uses_the_published_secret_and_stamps_the_name(tmp_path):
 
 def test_a_storage_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    refused = pytest.raises(InputError, match=r"^run\.storage=.*/file: expected a folder to write to")
-    with refused, open_run(settings(tmp_path / "file")):
-        pass
+    for storage in (tmp_path / "file", Path("/proc/nothing")):
+        refused = pytest.raises(InputError, match=rf"^run\.storage={storage}: expected a folder to write to \(")
+        with refused, open_run(settings(storage)):
+            pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
     with pytest.raises(InputError, match=r"^run\.storage=http://host/x: expected a folder, or s3://bucket/prefix"):
         run_root(Config(run=RunConfig(storage="http://host/x")))
+
+
+@pytest.mark.parametrize("name", ["one/binding.json", "one/.lock", "one/config.yaml", ".secrets"])
+def test_what_can_t_be_opened_of_a_run_is_refused_by_its_name(tmp_path, name):
+    """As where it is somebody else's, which stops everybody but root: a folder for a file, and a file for a folder."""
+    path = tmp_path / name
+    path.touch() if name == ".secrets" else path.mkdir(parents=True)
+    config = settings(tmp_path)
+    config.run.name = "one"
+    refused = pytest.raises(
+        InputError, match=rf"^run\.storage=.*: expected a folder to write to \(.*{path.name}.*; choose"
+    )
+    with refused, open_run(config):
+        pass
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    config = settings(tmp_path)
+    config.run.name = "x" * 300
+    refused = pytest.raises(InputError, match=r"File name too long: .*; choose another, or another run\.name\)$")
+    with refused, open_run(config):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_what_is_done_in_a_run_are_not_its_storage_s(tmp_path):
+    with pytest.raises(PermissionError), open_run(settings(tmp_path)):
+        raise PermissionError
+    with open_run(settings(tmp_path)):
+        pass  # nothing is held
 
 
 EVENT = {"type": "poisson_sampled_gaussian", "sampling_prob": 0.1, "noise_multiplier": 2.0, "count": 10}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from e2h.config import DataConfig
+from e2h.data.folders import READABLE
 from e2h.data.images import decode
 from e2h.data.sources import is_test, open_source, read_shard
 from e2h.errors import InputError
@@ -19,8 +22,8 @@ def config(path: Path, **values: object) -> DataConfig:
     return DataConfig(source="image_folder", path=str(path), **values)
 
 
-def pack(folder: Path, archive: Path, prefix: str = "") -> Path:
-    with zipfile.ZipFile(archive, "w") as file:
+def pack(folder: Path, archive: Path, prefix: str = "", method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(archive, "w", method) as file:
         for path in sorted(folder.rglob("*.*")):
             file.write(path, prefix + path.relative_to(folder).as_posix())
     return archive
@@ -253,11 +256,38 @@ def test_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path, write_images, 
         open_source(config(archive))
 
 
-def test_damaged_zip_entry_has_no_content(tmp_path: Path, write_images) -> None:
-    archive = pack(write_images(tmp_path / "folder", PETS), tmp_path / "pets.zip")
-    content = bytearray(archive.read_bytes())
-    content[content.index(b"\x89PNG") + 40] ^= 0xFF
+def test_paths_that_no_file_system_takes(tmp_path: Path, write_images, bucket: str) -> None:
+    write_images(tmp_path, PETS)
+    assert open_source(config(tmp_path)).num_train > 0
+    (tmp_path / PETS[0]).rename(os.fsdecode(os.fsencode(tmp_path) + b"/cats/\xe9.png"))
+    with pytest.raises(InputError, match=r"expected names in UTF-8, found b'.*/cats/\\xe9\.png'; rename it"):
+        open_source(config(tmp_path))
+    with pytest.raises(InputError, match=r"^data\.path=.*: expected names in UTF-8"):
+        open_source(config(Path(os.fsdecode(b"/\xe9"))))
+    with pytest.raises(InputError, match=r"^data\.path=s3://images//pets: .*Empty path component.*; correct the path"):
+        open_source(DataConfig(source="image_folder", path=f"{bucket}//pets"))
+
+
+@pytest.mark.parametrize("method", READABLE)
+def test_damaged_zip_entry_has_no_content(tmp_path: Path, write_images, method: int) -> None:
+    archive = pack(write_images(tmp_path / "folder", PETS), tmp_path / "pets.zip", method=method)
+    data, content = config(archive), bytearray(archive.read_bytes())
+    start = content.index(PETS[0].encode()) + len(PETS[0])
+    content[start + 20 : start + 60] = bytes(40)
     archive.write_bytes(content)
-    data = config(archive)
     records = [record for shard in open_source(data).shards for record in read_shard(shard, data)]
     assert [record.name for record in records if not record.content] == [PETS[0]]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError("AWS Error NETWORK_CONNECTION")])
+def test_a_zip_that_can_t_be_read_is_no_damaged_image(tmp_path: Path, write_images, monkeypatch, error) -> None:
+    """Left out as corrupt, it would change the data set for as long as a disk or a store is away."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    data = config(pack(write_images(tmp_path / "folder", PETS), tmp_path / "pets.zip"))
+    shard = open_source(data).shards[0]
+    monkeypatch.setattr(zipfile.ZipFile, "read", fail)
+    with pytest.raises(InputError, match=f"pets.zip is not .*{error.args[-1]}.*; fetch again"):
+        list(read_shard(shard, data))

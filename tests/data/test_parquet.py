@@ -156,6 +156,15 @@ def test_columns_that_do_not_fit(tmp_path: Path, images: np.ndarray) -> None:
         open_source(config(path, label_column="other"))
     with pytest.raises(InputError, match=r"data.image_column=label: expected struct"):
         open_source(config(path, image_column="label"))
+    for content in ("abc", [1, 2]):
+        pq.write_table(pa.table({"image": [{"bytes": content}], "label": [0]}), tmp_path / "c.parquet")
+        with pytest.raises(InputError, match=r"data.image_column=image: expected struct<bytes, path> or binary, found"):
+            open_source(config(tmp_path / "c.parquet"))
+    for name in ("image", "label"):
+        table = pq.read_table(path)
+        pq.write_table(table.append_column(name, table[name]), tmp_path / "twice.parquet")
+        with pytest.raises(InputError, match=rf"data.{name}_column={name}: expected one such column in twice.parquet"):
+            open_source(config(tmp_path / "twice.parquet"))
     with pytest.raises(InputError, match="expected labels below 10000, found 10000000"):
         open_source(config(write(tmp_path / "b.parquet", images[:2], labels=[0, 10_000_000])))
 
@@ -180,6 +189,21 @@ def test_damaged_page_is_an_input_error(tmp_path: Path, images: np.ndarray) -> N
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.parquet is not"):
         read_all(config(path, class_names=list("abc")))
+
+
+def test_a_damaged_label_column_is_one_line(tmp_path: Path, images: np.ndarray) -> None:
+    path = write(tmp_path / "a.parquet", images)
+    start = pq.read_metadata(path).row_group(0).column(2).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 40] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(InputError) as listed:
+        open_source(config(path))
+    with pytest.raises(InputError) as read:
+        read_all(config(path, class_names=list("abc")))
+    assert str(listed.value).startswith(f"data.path={path}: expected readable parquet data (")
+    assert str(listed.value).endswith("; correct the path or its permissions, or fetch the data again")
+    assert "\n" not in str(listed.value) + str(read.value)
 
 
 def test_missing_image_has_no_content(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from e2h.data.remote import place
-from e2h.distributed.failures import MAX_CHARACTERS, RunFailedError, noted, summary
+from e2h.distributed.failures import MAX_CHARACTERS, RunFailedError, noted, refusal, summary
 from e2h.errors import BudgetError, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +92,30 @@ def test_a_refusal_is_raised_as_it_is_and_noted_in_a_line(tmp_path, error):
         raise in_a_task(error)
     assert raised.value.cause is error
     assert (tmp_path / "failure.txt").read_text() == f"refused: {error}\n"
+
+
+DENIED = "When getting information for key 'runs/one' in bucket 'b': AWS Error {} during HeadObject operation: No body."
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("NETWORK_CONNECTION", "can't be reached ({}); run the same command again when it can"),
+        ("ACCESS_DENIED", "refuses ({}); check your keys and rights, then run the same command again"),
+        ("UNKNOWN (HTTP status 400)", "refuses ({}); check your keys and rights, then run the same command again"),
+    ],
+)
+def test_keys_that_expire_in_mid_run_are_one_line_that_nothing_else_hides(tmp_path, monkeypatch, answer, said):
+    def denied(*_: object) -> None:
+        raise OSError(DENIED.format(answer))
+
+    monkeypatch.setattr("e2h.distributed.failures.write_bytes", denied)
+    for error in (OSError(DENIED.format(answer)), of_workers({0: in_a_task(OSError(DENIED.format(answer)))})):
+        with pytest.raises(type(error)) as raised, noted(tmp_path):
+            raise error
+        told = said.format(f"{answer} during HeadObject operation: No body.")
+        assert refusal(raised.value) == f"run.storage: the store {told}"
+    assert refusal(PermissionError("a fault of the program")) is None
 
 
 def test_a_fault_that_can_t_be_written_down_is_raised_itself(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from job_calls import SMALL
+from job_calls import SMALL, TEST_SECRET
 from PIL import Image
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -92,6 +92,35 @@ VALUES = [
 def test_bad_value_is_named(run_job: Job, tmp_path: Path, override: str, named: str) -> None:
     refused(run_job("pipeline", override), named)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+@pytest.mark.parametrize("storage", ["/proc/nothing", "file", "file/below", "others"])
+def test_storage_that_can_t_be_used_is_named(refused_here, tmp_path: Path, storage: str, dry_run: str) -> None:
+    (tmp_path / "file").touch()
+    # For what is somebody else's: root may read that.
+    (tmp_path / "others" / "one" / "binding.json").mkdir(parents=True)
+    place = tmp_path / storage
+    line = refused_here(f"run.storage={place}", "run.name=one", f"dry_run={dry_run}")
+    assert line.startswith(f"e2h: run.storage={place}: expected a folder to write to (")
+    assert line.endswith("; choose another, or another run.name)\n")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["binding.json", "file", "one", "others"]
+
+
+def test_a_dry_run_beside_secrets_of_others_is_refused_and_leaves_nothing(refused_here, tmp_path: Path) -> None:
+    (tmp_path / ".secrets" / "one.head").mkdir(parents=True)
+    line = refused_here(f"run.storage={tmp_path}", "run.name=one", "dry_run=true")
+    assert ".secrets/one.head; choose another, or another run.name)" in line
+    assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+def test_a_store_that_refuses_is_named(refused_here, denying_store: str, monkeypatch, dry_run: str) -> None:
+    monkeypatch.setenv("E2H_TEST_SECRET", TEST_SECRET)
+    storage = f"run.storage={denying_store}/runs"
+    line = refused_here(storage, "privacy.secret=env:E2H_TEST_SECRET", f"dry_run={dry_run}")
+    assert line.startswith(f"e2h: {storage}: the store refuses (ACCESS_DENIED during HeadObject operation")
+    assert line.endswith("; check your keys and rights, then run the same command again\n")
 
 
 def test_missing_path_and_empty_folder(run_job: Job, tmp_path: Path) -> None:

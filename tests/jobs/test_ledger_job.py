@@ -126,6 +126,11 @@ def test_no_ledger_is_an_input_error(tmp_path, name):
         job.main(["show", str(tmp_path / name)])
 
 
+def test_a_ledger_that_may_not_be_read_is_an_input_error(denying_store):
+    with pytest.raises(InputError, match=rf"^{denying_store}/runs/one: expected a ledger that you may read \(.*DENIED"):
+        job.main(["show", f"{denying_store}/runs/one"])
+
+
 def called(*arguments: str) -> tuple[int, str, str]:
     done = subprocess.run(
         command("ledger", *arguments), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

@@ -137,6 +137,12 @@ def test_a_malformed_secret_is_refused_and_never_repeated(tmp_path, content):
     assert not content or content.decode("latin-1")[:8] not in shown
 
 
+def test_a_secret_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    create_secret(tmp_path / "run.key")
+    assert load_secret("file:~/run.key").hex() == (tmp_path / "run.key").read_text()
+
+
 def test_a_missing_secret_is_refused(tmp_path):
     with pytest.raises(InputError, match="it does not exist"):
         load_secret(f"file:{tmp_path / 'none.key'}")

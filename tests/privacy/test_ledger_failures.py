@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 from ledger_cases import EVENT, FORK, OWNER, PLAN, file_ledger, one_per_cent_a_step, spend, steps
@@ -15,6 +16,7 @@ from ledger_cases import EVENT, FORK, OWNER, PLAN, file_ledger, one_per_cent_a_s
 from e2h.errors import BudgetError, InputError
 from e2h.privacy.chain import encode
 from e2h.privacy.ledger import Ledger
+from e2h.privacy.logs import open_log
 
 
 def alone(ledger: Ledger) -> Ledger:
@@ -213,7 +215,22 @@ def test_a_disk_that_fails_to_sync_has_charged_nothing(ledger, monkeypatch):
     assert spend(ledger, 16, 32)
 
 
+def test_a_ledger_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Ledger(open_log("~/own.jsonl"), OWNER).open(PLAN, one_per_cent_a_step)
+    assert (tmp_path / "own.jsonl").exists()
+
+
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     ledger = file_ledger(tmp_path / "nowhere" / "ledger.jsonl")
     with pytest.raises(InputError, match="expected a file in a folder that exists"):
         ledger.open(PLAN, one_per_cent_a_step)
+
+
+def test_a_ledger_that_may_not_be_looked_at_is_no_empty_one(ledger, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(InputError, match=r"ledger\.jsonl: expected a file in a folder .* \(Permission denied\)"):
+        ledger.chain.log.read()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
 from e2h.__main__ import main
+from e2h.api import load_release
+from e2h.errors import InputError
 from e2h.reporting.check import content_problems
 from e2h.reporting.metrics import MetricWriter
 
@@ -122,6 +126,27 @@ def no_front_matter(release: Path) -> None:
     (release / "README.md").write_text("# Synthetic digits")
 
 
+def damaged_labels(release: Path) -> None:
+    path = release / TABLE
+    start = pq.read_metadata(path).row_group(0).column(2).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 40] = bytes(40)
+    path.write_bytes(content)
+
+
+def words_for_labels(release: Path) -> None:
+    table = pq.read_table(release / TABLE)
+    pq.write_table(table.set_column(1, "label", table["label"].cast(pa.string())), release / TABLE)
+
+
+def target(value: object):
+    def plant(release: Path) -> None:
+        path = release / "ledger.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "target_epsilon": value}))
+
+    return plant
+
+
 SENSITIVE_ROW = json.dumps({"name": "finetune/batch_size", "value": 511, "step": 3, "class": "sensitive"})
 
 
@@ -167,6 +192,37 @@ SENSITIVE_ROW = json.dumps({"name": "finetune/batch_size", "value": 511, "step":
 def test_a_planted_file_row_or_word_is_refused(release, plant, expected):
     plant(release)
     assert any(expected in problem for problem in content_problems(release)), content_problems(release)
+
+
+@pytest.mark.parametrize(
+    ("plant", "expected"),
+    [
+        (put("report.html", "data:image/png;base64,abc"), "report.html: expected a PNG image"),
+        (put("config.yaml", b"name: \xe9"), "config.yaml: expected YAML (UnicodeDecodeError)"),
+        (put("config.yaml", "day: 2024-99-99"), "config.yaml: expected YAML (ValueError)"),
+        (put("README.md", b"---\nname: \xe9\n---\n"), "README.md: expected the front matter of a dataset card (Uni"),
+        (damaged_labels, f"{TABLE}: expected a Parquet file with columns image (bytes, path) and label ("),
+        (words_for_labels, f"{TABLE}: expected label to hold whole numbers, found string"),
+        (target(None), "ledger.json: ledger: expected a number under target_epsilon (TypeError"),
+        (target("two"), "ledger.json: ledger: expected a number under target_epsilon (ValueError"),
+        (target([2.5]), "ledger.json: ledger: expected a number under target_epsilon (TypeError"),
+    ],
+)
+def test_a_damaged_file_is_a_problem_like_others(release, capsys, plant, expected):
+    plant(release)
+    assert main(["check", str(release)]) == 2
+    assert expected in capsys.readouterr().out
+    with pytest.raises(InputError, match=re.escape(expected)):
+        load_release(release)
+
+
+def test_a_file_that_can_t_be_read_is_a_problem(release, monkeypatch, capsys):
+    def denied(path: Path, *_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert main(["check", str(release)]) == 2
+    assert f"expected files that you may read (Permission denied: {release}/" in capsys.readouterr().out
 
 
 def test_the_command_refuses_a_planted_file_and_row(release, capsys):
