@@ -193,6 +193,8 @@ def _validate_outputs(config: Config) -> None:
     for name in ("guidance", "churn", "churn_min", "churn_max"):
         value = getattr(sampling, name)
         expect(math.isfinite(value) and value >= 0, f"sampling.{name}", value, "a finite number of at least 0")
+    learnt, without = sampling.guidance == 0 or config.finetune.label_dropout > 0, "0 with finetune.label_dropout=0"
+    expect(learnt, "sampling.guidance", sampling.guidance, without, "it leads away from images that had no label")
     chosen = len(sampling.ema_widths) < 2 or "central" in config.curriculum
     expect(chosen, "sampling.ema_widths", sampling.ema_widths, "one width: without central images there is no choice")
     for width in sampling.ema_widths:

@@ -161,10 +161,8 @@ REFUSED = [
     *(("central.max_norm", value) for value in (0.0, NAN, INF)),
     *(("central.centre", value) for value in (-0.1, 1.1, NAN)),
     *(("central.count_weight", value) for value in (-1.0, 11.0, NAN)),
-    ("central.num_rounds", 0),
+    *((f"central.{key}", value) for key, value in (("num_rounds", 0), ("num_bins", 1), ("pool_factor", 3))),
     ("central.query", "median"),
-    ("central.num_bins", 1),
-    ("central.pool_factor", 3),
     ("model.width_multipliers", []),
     ("model.patch_size", 0),
     ("warmup.num_steps", -1),
@@ -191,6 +189,14 @@ REFUSED = [
     ("ledger.epsilon", 20.0),  # one run has privacy.epsilon
     *(("ledger.path", value) for value in ("", "relative/ledger", "s3://bucket", "s3://bucket/", "gs://bucket/x")),
 ]
+
+
+def test_guidance_needs_images_without_a_label_in_training():
+    config = changed("sampling.guidance", 1.0)
+    validate(config)
+    config.finetune.label_dropout = 0.0
+    with pytest.raises(InputError, match=r"^sampling\.guidance=1\.0: expected 0 with finetune\.label_dropout=0"):
+        validate(config)
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED, ids=[f"{name}={value}" for name, value in REFUSED])

@@ -23,7 +23,7 @@ from e2h.curriculum.workers import Workers
 from e2h.data.storage import ImageSet
 from e2h.diffusion.networks import UNet
 from e2h.privacy.audit import Evidence
-from e2h.privacy.dpsgd import GRID_BITS, Engine
+from e2h.privacy.dpsgd import GRID_BITS, ClippedSum, Engine
 from e2h.privacy.events import PoissonSampledGaussian, Release
 from e2h.privacy.ledger import Ledger
 
@@ -98,12 +98,13 @@ class Mechanism:
         selected = draw(self.private, step, records)
         config = self.subject.config
         unit, seed = min(MAX_UNIT, config.scaling.physical_batch_size or MAX_UNIT), config.seed
-        units = sum_units(
-            self.engine, optimizer, self.network, records, selected, settings, seed, step, unit, self.workers
-        )
         total = torch.zeros(num_coordinates(self.network), dtype=torch.int64)
-        for one in units:
-            total += one.vector
+
+        def add(clipped: ClippedSum) -> None:
+            optimizer.accumulate(clipped)
+            total.add_(clipped.vector)
+
+        sum_units(self.engine, add, self.network, records, selected, settings, seed, step, unit, self.workers)
         self.workers.sum_integers(total)
         optimizer.step_private(step, len(selected))
         return recorder.released * (

@@ -25,6 +25,8 @@ _MASK = (1 << 64) - 1
 def addressed_seeds(seed: int, stage: str, step: int, records: np.ndarray) -> list[int]:
     """One 63-bit seed a record: SplitMix64 (Steele et al. 2014) of seed, stage, step and record.
 
+    torch's generator on the CPU reads 32 bits of it, so that of 93,000 records a pair may draw alike.
+
     Args:
       records: int64 [B] ids.
     """

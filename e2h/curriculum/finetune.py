@@ -26,8 +26,9 @@ from e2h.diffusion.losses import micro_batch_loss
 from e2h.diffusion.networks import UNet
 from e2h.errors import BudgetError
 from e2h.privacy.dpsgd import ClippedSum, Engine, LossFunction, make_engine
-from e2h.privacy.optimizer import SecureDPOptimizer
 from e2h.privacy.sampling import poisson_mask
+
+Told = tuple[torch.Tensor, torch.Tensor]  # losses and norms of the records of a unit: sensitive
 
 
 def finetune(
@@ -70,13 +71,13 @@ def finetune(
             paid_until = pay(private, step, settings.ledger_block, workers)
         optimizer = learner.optimizer
         optimizer.prepare_noise(step)
-        clipped = sum_units(
-            engine, optimizer, network, records, selected, settings, seed, step, physical_batch_size, workers
+        told = sum_units(
+            engine, optimizer.accumulate, network, records, selected, settings, seed, step, physical_batch_size, workers
         )
         learner.step(step, len(selected))
         due = checkpoints.due(step + 1, settings.checkpoint_every, last)
         if workers.rank == 0:
-            _finish_step(step + 1, due, learner, len(selected), clipped, checkpoints, report)
+            _finish_step(step + 1, due, learner, len(selected), told, checkpoints, report)
         progress(step + 1)
     checkpoints.wait()
     return learner.ema
@@ -120,7 +121,7 @@ def draw(private: PrivateRun, step: int, records: ImageSet) -> np.ndarray:
 
 def sum_units(
     engine: Engine,
-    optimizer: SecureDPOptimizer,
+    add: Callable[[ClippedSum], None],
     network: UNet,
     records: ImageSet,
     selected: np.ndarray,
@@ -129,9 +130,13 @@ def sum_units(
     step: int,
     physical_batch_size: int,
     workers: Workers,
-) -> list[ClippedSum]:
-    """Adds this worker's units of a draw to the optimiser, and returns what each of them added."""
-    clipped, on_gpu = [], workers.device.type == "cuda"
+) -> list[Told]:
+    """Hands the clipped sum of each of this worker's units of a draw to `add`; returns the losses and norms of each.
+
+    Nothing else of a unit is kept: a sum over all parameters for every unit would outgrow, by gigabytes, the memory
+    that one unit was measured to need.
+    """
+    told, on_gpu = [], workers.device.type == "cuda"
 
     def made(unit: slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         batch, weights = _micro_batch(network, records, selected[unit], settings, seed, step, physical_batch_size)
@@ -139,9 +144,13 @@ def sum_units(
 
     for batch, weights in one_ahead(made, work_units(len(selected), physical_batch_size, workers.rank, workers.size)):
         batch = {name: value.to(workers.device, non_blocking=True) for name, value in batch.items()}
-        clipped.append(engine.accumulate(batch, weights))
-        optimizer.accumulate(clipped[-1])
-    return clipped
+        told.append(_added(engine.accumulate(batch, weights), add))
+    return told
+
+
+def _added(clipped: ClippedSum, add: Callable[[ClippedSum], None]) -> Told:
+    add(clipped)
+    return clipped.losses[: clipped.count], clipped.norms[: clipped.count]  # a unit's padding comes last
 
 
 def private_engine(network: UNet, loss_fn: LossFunction, settings: FinetuneConfig) -> Engine:
@@ -207,16 +216,15 @@ def _finish_step(
     due: bool,
     learner: Learner,
     drawn: int,
-    clipped: list[ClippedSum],
+    told: list[Told],
     checkpoints: Checkpoints,
     report: Report,
 ) -> None:
     # Computed on private data without noise, so these are sensitive; all but the first are of this worker's share.
     report("finetune/batch_size", drawn, done)
-    if clipped:
-        # A unit's padding comes last.
-        norms = torch.cat([c.norms[: c.count] for c in clipped])
-        report("finetune/loss", float(torch.cat([c.losses[: c.count] for c in clipped]).mean()), done)
+    if told:
+        losses, norms = (torch.cat(one) for one in zip(*told, strict=True))
+        report("finetune/loss", float(losses.mean()), done)
         settings = learner.settings
         limit = settings.norm_threshold if settings.clipping == "global" else settings.max_grad_norm
         report("finetune/clipped_fraction", float((norms > limit).float().mean()), done)

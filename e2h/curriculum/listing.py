@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from e2h.config import Config, PrivacyConfig, expect
+from e2h.curriculum.labels import image_labels
+from e2h.curriculum.notes import usable
 from e2h.curriculum.run import Run
 from e2h.data.private_paths import private_paths
 from e2h.data.records import Source, few
@@ -29,8 +32,8 @@ def listed(config: Config) -> Source:
     held_out, advice = source.num_test >= 2, "hold some out (data.test_fraction), or evaluation.enabled=false"
     expect(held_out or not config.evaluation.enabled, "evaluation.enabled", True, "2 test images or more", advice)
     search = config.search
-    told_apart = classes > 1 or search.privacy is None or search.score == "central"
-    expect(told_apart, "search.score", search.score, "central where there is one class: there is none to tell apart")
+    told_apart = search.privacy is None or search.score == "central" or _several_labels(config, classes)
+    expect(told_apart, "search.score", search.score, "central where all score images are of one class")
     weights = config.evaluation.inception_weights
     there = weights is None or Path(weights).expanduser().is_file()
     expect(there, "evaluation.inception_weights", weights, "a file that this and the evaluating machine can read")
@@ -45,7 +48,13 @@ def remarks(run: Run) -> tuple[str, ...]:
     Raises:
       InputError: as `listed`.
     """
-    return () if run.done("prepare") else listed(run.config).remarks
+    with usable(run.config):
+        prepared = run.done("prepare")
+    return () if prepared else listed(run.config).remarks
+
+
+def _several_labels(config: Config, num_classes: int) -> bool:
+    return len(set(image_labels(replace(config.sampling, num_images=config.search.score_images), num_classes))) > 1
 
 
 def _check_names(names: Sequence[str]) -> None:

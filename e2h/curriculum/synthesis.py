@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from e2h.config import Config, SamplingConfig, expect, stamp
+from e2h.config import Config, SamplingConfig, stamp
 from e2h.curriculum.averages import average, snapshots
 from e2h.curriculum.batches import addressed_seeds
+from e2h.curriculum.labels import image_labels
 from e2h.curriculum.pictures import by_class, write_grid
 from e2h.curriculum.run import Run
 from e2h.curriculum.train import easy_images, new_network, save_weights
@@ -32,22 +33,13 @@ TRIED = 20  # images of a class that an average is judged by
 CPU_ACTIVATIONS = 2**19  # of one layer at full resolution
 
 
-def image_labels(sampling: SamplingConfig, num_classes: int) -> np.ndarray:
-    """The label of each image, int64 [num_images]: uniform, or the public shares of `class_fractions`.
+def image_seeds(seed: int, places: np.ndarray) -> list[int]:
+    """A seed for the image at each place, different ones: torch's generator on the CPU reads 32 bits and no more.
 
-    Labels alternate, so that any run of images is nearly balanced.
-
-    Raises:
-      InputError: if there isn't one share a class.
+    Random ones would be equal for a pair of 93,000 images, and images of one seed and label are copies.
     """
-    fractions = sampling.class_fractions or [1 / num_classes] * num_classes
-    expect(len(fractions) == num_classes, "sampling.class_fractions", fractions, f"{num_classes} shares, one a class")
-    shares = np.asarray(fractions) / sum(fractions)
-    # The place at which each class's k-th image falls due; sorting the places spreads every class evenly.
-    due = [(np.arange(int(np.ceil(sampling.num_images * share))) + 0.5) / max(share, 1e-12) for share in shares]
-    labels = np.repeat(np.arange(num_classes), [len(places) for places in due])
-    order = np.argsort(np.concatenate(due), kind="stable")
-    return labels[order][: sampling.num_images].astype(np.int64)
+    [start] = addressed_seeds(seed, STAGE, 0, np.zeros(1, np.int64))
+    return ((start + places) % 2**32).tolist()
 
 
 def choose_average(run: Run) -> None:
@@ -145,7 +137,7 @@ class Synthesizer:
     def _batch(self, places: np.ndarray) -> np.ndarray:
         """The images of at most `batch_size` places, which are padded to as many with copies of the first."""
         padded = np.concatenate([places, np.full(self.batch_size - len(places), places[0])])
-        seeds = addressed_seeds(self.run.config.seed, STAGE, 0, padded)
+        seeds = image_seeds(self.run.config.seed, padded)
         shape = (self.manifest.channels, self.manifest.image_size, self.manifest.image_size)
         labels = torch.from_numpy(self.labels[padded])
         images = sample(self.evaluate, labels, seeds, self.run.config.sampling, shape)

@@ -38,9 +38,9 @@ LARGEST = {"cpu": 64, "cuda": 1024}  # images; beyond, neither gets faster by mu
 UNITS_PER_WORKER = 4  # of a step: whole units are dealt out, so with fewer some workers wait for others
 SIZES = tuple(2**i for i in range(11))  # up to the largest of these
 MEMORY_SHARE = 0.5  # of what is free now; the other half is for everything that comes later
-CONTROL_GROUPS = (  # versions 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+CONTROL_GROUPS = (  # versions 2 and 1: folder, limit, what is used, and what of it is files that give way when asked
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -102,11 +102,11 @@ def largest_that_fits(network: UNet, settings: FinetuneConfig, image_size: int, 
     limit = MEMORY_SHARE * free_bytes(workers.device) / (1 if workers.device.type == "cuda" else workers.size)
     share = settings.expected_batch_size // (UNITS_PER_WORKER * workers.size)
     largest, size, fits = min(LARGEST[workers.device.type], max(1, share)), 1, 0
+    before = in_use(workers.device)  # once: the heap keeps what a smaller size has freed, and uses it again
     while size <= largest:
         try:
-            used = memory_of(
-                partial(private_micro_batch, network, settings, size, image_size, channels), workers.device
-            )
+            work = partial(private_micro_batch, network, settings, size, image_size, channels)
+            used = height_of(work, workers.device) - before
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -133,18 +133,21 @@ def private_micro_batch(network: UNet, settings: FinetuneConfig, size: int, imag
     engine.accumulate({name: value.to(device) for name, value in batch.items()}, torch.ones(size))
 
 
-def memory_of(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `work` used at its height beyond those in use before."""
+def in_use(device: torch.device) -> int:
+    """Bytes that this process uses of the device's memory, or of the machine's."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
+
+
+def height_of(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes in use at the height of `work`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         work()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the height is counted anew
-    before = _resident("VmRSS")
     work()
-    return _resident("VmHWM") - before
+    return _resident("VmHWM")
 
 
 def _resident(name: str) -> int:
@@ -164,7 +167,9 @@ def free_bytes(device: torch.device) -> int:
     if memory.exists():
         lines = memory.read_text().splitlines()
         amounts += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    for limit, used in CONTROL_GROUPS:
-        with suppress(OSError, ValueError):  # not this version, or without a limit ("max")
-            amounts.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    for folder, limit, used, files in CONTROL_GROUPS:
+        with suppress(OSError, ValueError, KeyError):  # not this version, or without a limit ("max")
+            most, now = (int((Path(folder) / name).read_text()) for name in (limit, used))
+            kinds = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
+            amounts.append(most - now + int(kinds[files]))
     return max(0, min(amounts)) if amounts else 2**31

@@ -170,10 +170,9 @@ def read_parquet(shard: Shard, data: DataConfig) -> Iterator[RawRecord]:
         file = pq.ParquetFile(stream)
         groups, first = _row_groups(file.metadata, shard)
         batches = file.iter_batches(batch_size=BATCH, row_groups=groups, columns=columns)
-        for index, content, label in _rows(batches, first, data):
-            if shard.start <= index < shard.stop:
-                name = f"{shard.name}:{index}"
-                yield RawRecord(name, _pixels(content, data), check_label(name, label, len(shard.class_names)))
+        for index, content, label in _rows(batches, first, shard, data):
+            name = f"{shard.name}:{index}"
+            yield RawRecord(name, _pixels(content, data), check_label(name, label, len(shard.class_names)))
 
 
 def _row_groups(metadata: Any, shard: Shard) -> tuple[list[int], int]:
@@ -184,8 +183,14 @@ def _row_groups(metadata: Any, shard: Shard) -> tuple[list[int], int]:
     return groups, int(stops[groups[0]] - sizes[groups[0]])
 
 
-def _rows(batches: Iterator[Any], first: int, data: DataConfig) -> Iterator[tuple[int, bytes, Any]]:
+def _rows(batches: Iterator[Any], first: int, shard: Shard, data: DataConfig) -> Iterator[tuple[int, bytes, Any]]:
+    """The rows of a shard, of batches from row `first` on: a row group may be much larger than a shard."""
     for batch in batches:
+        if first >= shard.stop:
+            return
+        skipped = max(0, shard.start - first)
+        batch = batch.slice(skipped, max(0, shard.stop - first - skipped))
+        first += skipped
         images = batch.column(data.image_column)
         contents = images.field("bytes") if pa.types.is_struct(images.type) else images
         labels = batch.column(data.label_column).to_pylist() if data.label_column else [0] * len(batch)

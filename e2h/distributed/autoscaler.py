@@ -45,6 +45,11 @@ class Offer:
             left, total = left - count, total + count * slots(kind.resources, worker)
         return total
 
+    @property
+    def sized(self) -> bool:
+        """Whether it says what every node has; of given machines (`provider: local`) Ray learns that when they come."""
+        return all(kind.resources for kind in self.node_types)
+
     def __str__(self) -> str:
         kinds = [f"{kind.max_count} {kind.name} of {describe(kind.resources)}" for kind in self.node_types]
         return f"up to {', '.join(kinds)}; {self.max_nodes} in all"
@@ -72,7 +77,12 @@ def parse_offer(config: dict[str, Any]) -> Offer:
     Raises:
       KeyError: if it doesn't say what a node has.
     """
-    types = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
+    head = config["head_node_type"]  # where all machines are of one type, the head's too
+    types = {
+        name: kind
+        for name, kind in config["available_node_types"].items()
+        if name != head or int(kind.get("max_workers", 0)) > 0
+    }
     limit = int(config.get("max_workers", 2))  # Ray's default
     counts = {name: int(kind.get("max_workers", limit)) for name, kind in types.items()}
     return Offer([NodeType(name, dict(kind["resources"]), counts[name]) for name, kind in types.items()], limit)

@@ -27,8 +27,8 @@ def check_capacity(scaling: ScalingConfig) -> None:
     """Refuses more workers than the nodes, and those that the autoscaler may add, can ever hold.
 
     An elastic group needs room for its fewest workers; but of an autoscaler Ray asks for the most of them at once, and
-    gets none where it can't have all. Where the autoscaler's configuration can't be read, `await_workers` leaves the
-    answer to the autoscaler.
+    gets none where it can't have all. Where the autoscaler's configuration can't be read, or doesn't say what nodes
+    have, `await_workers` leaves the answer to the autoscaler.
 
     Raises:
       InputError: naming the nodes, the node types, and how many workers would fit.
@@ -38,7 +38,7 @@ def check_capacity(scaling: ScalingConfig) -> None:
     if fit_now >= scaling.num_workers:
         return
     offer = autoscaler.offer()
-    if offer is not None:
+    if offer is not None and offer.sized:
         heads = [node for node in alive() if HEAD in node["Resources"]]
         most = max(fit_now, _fit(heads, worker) + offer.slots(worker))
         if most < scaling.num_workers:
@@ -67,7 +67,8 @@ def await_workers(scaling: ScalingConfig) -> None:
     try:
         while not group.wait(POLL_S):
             state = autoscaler.report()
-            if any(group.id.hex() in request.details for request in state.infeasible_gang_resource_requests):
+            hopeless = any(group.id.hex() in request.details for request in state.infeasible_gang_resource_requests)
+            if hopeless and _knows_nodes():
                 _refuse(scaling, f"what the autoscaler can bring; there are {describe_nodes()}")
             if time.monotonic() - begun > limit:
                 _refuse(scaling, f"room for them within {limit:g} s ({START_TIMEOUT}); there are {describe_nodes()}")
@@ -77,6 +78,12 @@ def await_workers(scaling: ScalingConfig) -> None:
                 say("wait", f"{text}; for at most {limit:g} s")
     finally:
         remove_placement_group(group)
+
+
+def _knows_nodes() -> bool:
+    """Whether the autoscaler can tell what will never fit: nodes of unknown size all look too small to it."""
+    offer = autoscaler.offer()
+    return offer is None or offer.sized
 
 
 def _worker(scaling: ScalingConfig) -> dict[str, float]:

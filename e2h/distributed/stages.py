@@ -12,9 +12,10 @@ from functools import partial
 from e2h import results
 from e2h.config import expect
 from e2h.curriculum import stages
+from e2h.curriculum.labels import image_labels
 from e2h.curriculum.run import Run
 from e2h.curriculum.stages import forget_images_of_other_weights, read_or_make_plan
-from e2h.curriculum.synthesis import choose_average, image_labels, num_shards, synthesized, write_synthetic_grid
+from e2h.curriculum.synthesis import choose_average, num_shards, synthesized, write_synthetic_grid
 from e2h.data.remote import Place
 from e2h.data.storage import Prepared, open_prepared
 from e2h.distributed import datasets
@@ -102,7 +103,8 @@ def evaluate(run: Run) -> None:
     with working("evaluate", "training classifiers"):
         result = results.evaluate(run, on_any_node)
     accuracies = ", ".join(f"{name} {value['accuracy']:.3f}" for name, value in result["downstream"].items())
-    say("evaluate", f"accuracy on {result['num_real_test']} real test images: {accuracies} (sensitive)")
+    found = f"accuracy on {result['num_real_test']} real test images: {accuracies}" if accuracies else "no classifier"
+    say("evaluate", f"{found} (sensitive)")
 
 
 def publish(run: Run) -> Place:

@@ -15,7 +15,7 @@ from e2h.evaluation.neighbours import precision_recall
 
 NUM_SPLITS = 10  # of the Inception score
 NUM_SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
-# Images behind KID, precision and recall: the first so many of each side, since cost grows with the square.
+# Images behind KID, precision and recall: so many of each side, since cost grows with the square.
 MAX_COMPARED = 10_000
 # torch-fidelity's own: the same subsets and splits are drawn, so up to MAX_COMPARED images give the same numbers.
 SEED = 2020
@@ -24,17 +24,21 @@ Floats = NDArray[np.floating]
 
 
 class FeatureSums:
-    """Statistics of all features that were added, and the first `MAX_COMPARED` themselves."""
+    """Statistics of all features of `count` images, and those of `MAX_COMPARED` themselves.
 
-    def __init__(self) -> None:
+    Of more images these lie at random, for a set may be sorted by class.
+    """
+
+    def __init__(self, count: int) -> None:
         self.statistics = FeatureStatistics.of(np.empty((0, FEATURE_WIDTH)))
+        self._compared = np.random.RandomState(SEED).permutation(count) < MAX_COMPARED
         self._kept: list[Floats] = []
 
     def add(self, features: Floats) -> None:
-        """Adds `features` [M, 2048]."""
-        room = max(0, MAX_COMPARED - self.statistics.count)
+        """Adds the next images' `features` [M, 2048]."""
+        start = self.statistics.count
         self.statistics += FeatureStatistics.of(features)
-        self._kept.append(features[:room])
+        self._kept.append(features[self._compared[start : start + len(features)]])
 
     @property
     def kept(self) -> Floats:
@@ -105,7 +109,7 @@ def inception_metrics(model: InceptionV3, synthetic: NDArray[np.uint8], real: ND
       {"fid", "kid", "kid_std", "precision", "recall", "inception_score", "inception_score_std"}; deviations are those
       over subsets and splits. Precision and recall are on these features, not on the paper's VGG-16.
     """
-    fake, true, score = FeatureSums(), FeatureSums(), InceptionScore(len(synthetic))
+    fake, true, score = FeatureSums(len(synthetic)), FeatureSums(len(real)), InceptionScore(len(synthetic))
     for features, logits in inception_features(model, synthetic):
         fake.add(features)
         score.add(logits)

@@ -58,7 +58,8 @@ def memorisation(synthetic: Images, test: Images, train: Iterable[Images]) -> di
          training image; pixels are in [0, 1] and averaged down to at most 32 a side,
        "nearest_train_of_test": the same of the test images,
        "ratio": of the two medians; None if that of the test images is 0,
-       "share_below_first_percentile": of the synthetic images, at or below the test images' quantile 0.01}.
+       "share_below_first_percentile": of the synthetic images, at or below the test images' quantile 0.01,
+       "share_by_chance": what that share would be on average, were they further test images: above 0.01 with few}.
     """
     queries = pixels(np.concatenate([synthetic, test]))
     found = nearest(queries, (pixels(block) for block in train)).round(DECIMALS)
@@ -70,4 +71,6 @@ def memorisation(synthetic: Images, test: Images, train: Iterable[Images]) -> di
         "nearest_train_of_test": quantiles[1],
         "ratio": quantiles[0][-1] / quantiles[1][-1] if quantiles[1][-1] else None,
         "share_below_first_percentile": float((ours <= quantiles[1][0]).mean()),
+        # The quantile lies between order statistics, the k-th of n test images above k / (n + 1) of further ones.
+        "share_by_chance": (QUANTILES[0] * (len(theirs) - 1) + 1) / (len(theirs) + 1),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -146,16 +147,17 @@ def line_chart(points: Sequence[Point], title: str, unit: str = "", target: floa
 
 
 @styled
-def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]]) -> Drawing:
+def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]], chosen: Mapping[str, Any]) -> Drawing:
     """An axis for each searched setting and one for the score; a line a trial, the best last and thick.
 
     Args:
       trials: values by setting, the same settings in each, and a score.
+      chosen: the values of the best, which of equal scores is the one that the search took.
     """
     names = [*trials[0][0], "score"]
     columns = [_places([values[name] for values, _ in trials]) for name in names[:-1]]
     columns.append(_places([score for _, score in trials]))
-    order = sorted(range(len(trials)), key=lambda index: trials[index][1])
+    order = sorted(range(len(trials)), key=lambda index: (trials[index][0] == chosen, trials[index][1]))
     figure, axes = sheet(WIDTH, 260)
     for index in order:
         best = index == order[-1]
@@ -168,7 +170,7 @@ def parallel_coordinates(trials: Sequence[tuple[Mapping[str, Any], float]]) -> D
     axes.set(xlim=(-0.1, len(names) - 0.6), ylim=(-0.05, 1.1), yticks=[])
     values = ", ".join(f"{name} {value}" for name, value in trials[order[-1]][0].items())
     description = f"{len(trials)} trials; the best, score {trials[order[-1]][1]:.4g}, has {values}."
-    return drawing(figure, "Values and score of every trial", description)
+    return drawing(figure, "Values and score of every finished trial", description)
 
 
 def _places(values: Sequence[Any]) -> tuple[dict[str, float], list[float]]:
@@ -176,6 +178,7 @@ def _places(values: Sequence[Any]) -> tuple[dict[str, float], list[float]]:
 
     An axis of many values shows its ends.
     """
+    values = [one if isinstance(one, (int, float, str)) else json.dumps(one) for one in values]  # lists, and null
     kinds = sorted(set(values), key=lambda one: (isinstance(one, str), one))
     heights = {one: index / max(1, len(kinds) - 1) for index, one in enumerate(kinds)}
     named = kinds if len(kinds) <= 6 else [kinds[0], kinds[-1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ def _trade_off(plan: Mapping[str, Any]) -> Drawing:
         axis.set_major_formatter(lambda share, _: f"{share:.0%}")
     guess = facts.percent_up(privacy_curves.best_guess(plan))
     table = "; ".join(
-        f"at {share:.0%} false alarms at least {max(0, miss):.1%} misses"
+        f"at {share:.0%} false alarms at least {math.floor(1000 * max(0, miss)) / 10:.1f} % misses"
         for share, miss in zip(alarms, misses, strict=True)
         if share in (0.05, 0.1, 0.25)
     )

@@ -20,6 +20,8 @@ from e2h.reporting.privacy_figures import privacy_figures
 from e2h.reporting.recompute import recipe, selected
 from e2h.reporting.utility import utility
 
+FULL = "1.000"  # the share of a trial's steps behind the score that trials are compared by
+
 
 def render(run_dir: Path, internal: bool) -> str:
     """The report as HTML.
@@ -83,10 +85,11 @@ def write_report(run_dir: Path) -> Path:
 def released_figures(run_dir: Path) -> dict[str, figures.Drawing]:
     """The charts that may be published, by file name: of the plan, and of a search whose trials are all paid for."""
     found = dict(privacy_figures(facts.read_json(run_dir / "plan.json")))
-    told = (_search(run_dir) or {}).get("trials", [])
-    trials = [(one["values"], score) for one in told for score in list(one["scores"].values())[-1:]]
+    search = _search(run_dir) or {}
+    # A trial that was stopped early has scores of fewer steps alone, which none of another can be compared with.
+    trials = [(one["values"], one["scores"][FULL]) for one in search.get("trials", []) if FULL in one["scores"]]
     if len(trials) > 1:
-        found["trials"] = figures.parallel_coordinates(trials)
+        found["trials"] = figures.parallel_coordinates(trials, search["values"])
     return found
 
 

@@ -93,7 +93,7 @@ KUBERNETES = [
 ]
 NAMES = [
     ("kuberay", "redisAddress: e2h-redis:6379", "redisAddress: redis:6379"),
-    ("kuberay", "serviceAccountName: e2h\n", "serviceAccountName: e2hh\n"),
+    ("kuberay", "serviceAccountName: e2h-node\n", "serviceAccountName: e2h-nodes\n"),
     ("kuberay", "selector: {app: e2h-redis}", "selector: {app: e2h-reddis}"),
 ]
 

@@ -58,7 +58,33 @@ def test_one_class_has_no_accuracy_to_search_by(tmp_path, score, ok):
         listed(config)
     else:
         shown = score or "null"
-        with pytest.raises(InputError, match=rf"^search.score={shown}: expected central where there is one class"):
+        with pytest.raises(
+            InputError, match=rf"^search.score={shown}: expected central where all score images are of one class"
+        ):
+            listed(config)
+
+
+@pytest.mark.parametrize(
+    ("fractions", "num_images", "ok"),
+    [
+        (None, 1000, True),
+        (None, 2, True),
+        (None, 1, False),
+        ([0.9996, 0.0004], 1000, False),
+        ([0.999, 0.001], 1000, True),
+    ],
+)
+def test_score_images_of_one_class_teach_no_classifier(tmp_path, fractions, num_images, ok):
+    config = config_of(tmp_path, num_classes=2)
+    config.search.privacy, config.search.score_images, config.sampling.class_fractions = (
+        "compose",
+        num_images,
+        fractions,
+    )
+    if ok:
+        listed(config)
+    else:
+        with pytest.raises(InputError, match=r"^search.score=null: expected central where all score images are of one"):
             listed(config)
 
 

@@ -1,4 +1,4 @@
-"""Synthetic images: labels in public shares, one seed an image, a shard made once."""
+"""Synthetic images: one seed an image, a shard made once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from e2h.curriculum.run import Run, open_run
 from e2h.curriculum.synthesis import (
     Synthesizer,
     batch_size,
-    image_labels,
+    image_seeds,
     num_shards,
     shard_path,
     synthesized,
@@ -29,42 +29,6 @@ from e2h.data.exports import read_hf_parquet
 from e2h.data.storage import open_prepared
 from e2h.distributed import stages
 from e2h.errors import InputError
-
-# Labels --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("num_images", "num_classes"), [(2000, 10), (7, 3), (1, 10), (10, 1), (9, 10)])
-def test_labels_are_uniform_to_within_one(num_images, num_classes):
-    labels = image_labels(SamplingConfig(num_images=num_images), num_classes)
-    counts = np.bincount(labels, minlength=num_classes)
-    assert labels.dtype == np.int64
-    assert counts.sum() == num_images
-    assert counts.max() - counts.min() <= 1
-
-
-@pytest.mark.parametrize(
-    "fractions", [[0.5, 0.25, 0.25], [0.9, 0.1, 0.0], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.3333335] * 3]
-)
-def test_labels_follow_the_given_shares(fractions):
-    for num_images in (1, 10, 999, 1000):
-        labels = image_labels(SamplingConfig(num_images=num_images, class_fractions=fractions), 3)
-        assert len(labels) == num_images
-        assert abs(np.bincount(labels, minlength=3) - np.array(fractions) * num_images).max() <= 1
-
-
-def test_any_stretch_of_labels_is_nearly_balanced():
-    labels = image_labels(SamplingConfig(num_images=1000, class_fractions=[0.6, 0.3, 0.1]), 3)
-    for start in range(0, 1000, 100):
-        counts = np.bincount(labels[start : start + 100], minlength=3)
-        assert abs(counts - [60, 30, 10]).max() <= 1
-
-
-def test_shares_that_are_not_one_a_class_are_refused():
-    with pytest.raises(InputError, match=r"^sampling\.class_fractions=\[0\.5, 0\.5\]: expected 3 shares, one a class"):
-        image_labels(SamplingConfig(class_fractions=[0.5, 0.5]), 3)
-
-
-# Shards --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +161,13 @@ def test_a_shard_is_not_made_twice(run, tmp_path):
     assert [synthesizer.write_shard(index) for index in (0, 1, 2)] == [0, 8, 0]
     for name, content in before.items():
         assert (copy.synthetic / name).read_bytes() == content
+
+
+def test_no_two_images_have_one_seed_for_torch_which_reads_32_bits():
+    seeds = image_seeds(0, np.arange(1_000_000))
+    assert len({seed % 2**32 for seed in seeds}) == 1_000_000
+    assert seeds[5:7] == image_seeds(0, np.arange(5, 7))
+    assert seeds[0] != image_seeds(1, np.arange(1))[0]
 
 
 def test_another_seed_gives_other_images(run, tmp_path):

@@ -6,17 +6,20 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from e2h.config import FinetuneConfig
-from e2h.curriculum import units
+from e2h.curriculum import finetune, units
 from e2h.curriculum.units import free_bytes, largest_that_fits, unit_size
 from e2h.curriculum.workers import Workers
 from e2h.diffusion.networks import UNet
 from e2h.errors import InputError
+from e2h.privacy.dpsgd import ClippedSum
 
 CPU = torch.device("cpu")
 ALONE = Workers(0, 1, CPU)
@@ -30,7 +33,8 @@ def chosen(monkeypatch, used=lambda size: 0, memory=2**40, batch=1000, workers=A
     """The size chosen and those tried, where a unit of n images uses used(n) bytes."""
     tried = []
     monkeypatch.setattr(units, "private_micro_batch", lambda network, settings, size, *shape: tried.append(size))
-    monkeypatch.setattr(units, "memory_of", lambda work, device: (work(), used(tried[-1]))[1])
+    monkeypatch.setattr(units, "in_use", lambda device: 1000)
+    monkeypatch.setattr(units, "height_of", lambda work, device: (work(), 1000 + used(tried[-1]))[1])
     monkeypatch.setattr(units, "free_bytes", lambda device: memory)
     return largest_that_fits(network(), FinetuneConfig(expected_batch_size=batch), 8, 1, workers), tried
 
@@ -84,9 +88,11 @@ def test_a_real_choice_leaves_the_network_as_it_is():
 # In a process of its own: a system that takes back memory which a large process has long not touched would be measured.
 MEASURED = """
 import numpy as np, torch
-from e2h.curriculum.units import memory_of
+from e2h.curriculum.units import height_of, in_use
+cpu = torch.device("cpu")
 for size in (200, 100):
-    print(memory_of(lambda: np.ones(size * 2**20, np.uint8).sum(), torch.device("cpu")) / 2**20)
+    before = in_use(cpu)
+    print((height_of(lambda: np.ones(size * 2**20, np.uint8).sum(), cpu) - before) / 2**20)
 """
 
 
@@ -96,6 +102,40 @@ def test_memory_is_measured():
     assert 190 < first < 260
     assert 90 < second < 160  # what was used before and given back does not hide what is used now
     assert free_bytes(CPU) > 2**20
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "files"),
+    [("memory.max", "memory.current", "inactive_file"), ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")],
+)
+def test_files_that_a_container_has_read_do_not_fill_its_memory(tmp_path, monkeypatch, limit, used, files):
+    monkeypatch.setattr(units, "CONTROL_GROUPS", ((str(tmp_path), limit, used, files),))
+    most = 2**24  # less than any machine has free
+    for name, content in ((limit, most), (used, most - 1000), ("memory.stat", f"anon 900\n{files} 700\nother 1")):
+        (tmp_path / name).write_text(f"{content}\n")
+    assert free_bytes(CPU) == 1700
+    (tmp_path / limit).write_text("max\n")
+    assert free_bytes(CPU) > most
+
+
+def test_no_sum_over_all_parameters_outlives_its_unit(monkeypatch):
+    alive: list[int] = []
+    vectors: list[weakref.ref[torch.Tensor]] = []
+
+    class Summed:
+        def accumulate(self, batch, weights):
+            vector = torch.zeros(1000, dtype=torch.int64)
+            vectors.append(weakref.ref(vector))
+            return ClippedSum(vector, 1, torch.zeros(4), torch.zeros(4))
+
+    monkeypatch.setattr(finetune, "_micro_batch", lambda *_: ({}, torch.ones(4)))
+    told = finetune.sum_units(
+        Summed(),
+        lambda clipped: alive.append(sum(one() is not None for one in vectors)),
+        *(network(), None, np.arange(40), FinetuneConfig(), 0, 0, 4, ALONE),
+    )
+    assert alive == [1] * 10
+    assert [(len(losses), len(norms)) for losses, norms in told] == [(1, 1)] * 10
 
 
 def test_the_size_is_chosen_once_in_the_life_of_a_run(tmp_path):

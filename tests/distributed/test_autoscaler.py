@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
 
-from e2h.distributed import autoscaler
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config
+
+from e2h.config import ScalingConfig
+from e2h.distributed import autoscaler, capacity
 from e2h.distributed.autoscaler import parse_offer, read_offer
-from e2h.distributed.nodes import describe, slots
+from e2h.distributed.nodes import HEAD, describe, slots
+from e2h.errors import InputError
 
 GPU_WORKER = {"CPU": 4.0, "GPU": 1.0}
 # What matters of the file that `ray up` leaves on the head node.
@@ -54,6 +61,22 @@ def test_an_offer_holds_as_many_workers_as_its_best_nodes():
     assert offer.slots(GPU_WORKER) == 2 * 8 + 3 * 1  # five nodes in all
     assert offer.slots({"CPU": 64.0}) == 2 + 3
     assert str(offer).startswith("up to 9 one of 16 CPU and 1 GPU, 2 eight of 96 CPU and 8 GPU, 5 none of 64 CPU; 5 in")
+
+
+def test_of_given_machines_it_is_not_known_what_they_have(monkeypatch):
+    """All machines of clusters/local.yaml are of one type, the head's too; Ray learns what they have when they come."""
+    listed = yaml.safe_load((Path(__file__).parents[2] / "clusters" / "local.yaml").read_text())
+    offer = parse_offer(prepare_config(listed))
+    assert not offer.sized
+    assert parse_offer(LAUNCHED).sized
+    monkeypatch.setattr(capacity, "alive", lambda: [{"Resources": {"CPU": 4.0, HEAD: 1.0}, "NodeID": "head"}])
+    monkeypatch.setattr(capacity, "describe_nodes", lambda: "1 node of 4 CPU")
+    monkeypatch.setattr(autoscaler, "report", lambda: SimpleNamespace(autoscaler_state_version=1))
+    monkeypatch.setattr(autoscaler, "offer", lambda: offer)
+    capacity.check_capacity(ScalingConfig(num_workers=12))  # `ray up` returns before all machines have joined
+    monkeypatch.setattr(autoscaler, "offer", lambda: parse_offer({**LAUNCHED, "max_workers": 0}))
+    with pytest.raises(InputError, match=r"^scaling\.num_workers=12: expected at most 4"):
+        capacity.check_capacity(ScalingConfig(num_workers=12))
 
 
 def test_a_configuration_that_hides_its_resources_is_no_offer(monkeypatch):

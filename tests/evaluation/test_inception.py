@@ -170,13 +170,17 @@ def test_inception_score_knows_one_class_from_many():
     assert softmax(many[0])[0] == pytest.approx(1)
 
 
-def test_features_kept_are_the_first_and_statistics_those_of_all(monkeypatch):
-    monkeypatch.setattr(fid, "MAX_COMPARED", 25)
+@pytest.mark.parametrize("most", [25, 40])
+def test_features_kept_are_of_the_whole_set_and_statistics_those_of_all(most, monkeypatch):
+    monkeypatch.setattr(fid, "MAX_COMPARED", most)
     monkeypatch.setattr(fid, "FEATURE_WIDTH", 16)
-    features, sums = vectors(40, 0), FeatureSums()
+    features, sums = vectors(40, 0), FeatureSums(40)
     for part in np.split(features, [10, 20, 30]):
         sums.add(part)
-    np.testing.assert_array_equal(sums.kept, features[:25])
+    [places] = np.nonzero((features[:, None] == sums.kept).all(axis=2).any(axis=1))
+    np.testing.assert_array_equal(sums.kept, features[places])  # in their order
+    assert len(places) == most
+    assert np.histogram(places, [0, 20, 40])[0].min() >= 8  # of a set that is sorted by class, from every class
     assert sums.statistics.count == 40
     np.testing.assert_allclose(sums.statistics.covariance, np.cov(features.astype(np.float64), rowvar=False))
 

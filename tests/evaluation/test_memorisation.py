@@ -42,6 +42,14 @@ def test_a_generator_that_copies_is_found(train, change):
     assert everything["share_below_first_percentile"] == 1
 
 
+@pytest.mark.parametrize("num_test", [10, 45])
+def test_with_few_test_images_chance_says_more_than_one_per_cent(train, num_test):
+    found = [memorisation(natural(200, seed), natural(num_test, 100 + seed), [train]) for seed in range(20)]
+    shares, chance = [one["share_below_first_percentile"] for one in found], found[0]["share_by_chance"]
+    assert chance > 0.025
+    assert np.mean(shares) == pytest.approx(chance, abs=4 * np.std(shares) / np.sqrt(len(shares)))
+
+
 def test_copies_are_found_where_real_images_repeat_too(train):
     """Of the test images 2 % are training images, so that their first quantile is 0."""
     test = np.concatenate([natural(392, 2), train[:8]])

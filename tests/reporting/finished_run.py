@@ -151,6 +151,7 @@ def build_run(run: Path, epsilons, **plan) -> Path:
             "nearest_train_of_test": [0.9, 1.4, 2.2],
             "ratio": 1.409,
             "share_below_first_percentile": 0.006,
+            "share_by_chance": 0.0135,
         },
         "num_synthetic": 23,
         "num_real_test": 77,

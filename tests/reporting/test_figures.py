@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -59,14 +60,14 @@ def test_dots_show_every_value_whatever_a_class_is_called():
 
 
 def test_the_best_trial_is_drawn_last_and_thick():
-    trials = [({"lr": 0.1 * i, "steps": i % 2}, score) for i, score in enumerate((0.2, 0.9, 0.5))]
-    drawing = figures.parallel_coordinates(trials)
+    trials = [({"lr": 0.1 * i, "steps": i % 2}, score) for i, score in enumerate((0.2, 0.9, 0.5, 0.9))]
+    drawing = figures.parallel_coordinates(trials, {"lr": 0.1, "steps": 1})  # of two equal ones that which was chosen
     curves = [
         path for path in re.findall(r"<path [^>]*>", drawing.svg) if figures.PART in path or figures.ACCENT in path
     ]
-    assert len(curves) == 3
+    assert len(curves) == 4
     assert "stroke-width: 3" in curves[-1]
-    assert drawing.description == "3 trials; the best, score 0.9, has lr 0.1, steps 1."
+    assert drawing.description == "4 trials; the best, score 0.9, has lr 0.1, steps 1."
 
 
 def test_matplotlib_keeps_its_settings_and_is_imported_only_when_something_is_drawn():
@@ -79,8 +80,8 @@ def test_matplotlib_keeps_its_settings_and_is_imported_only_when_something_is_dr
     assert dict(matplotlib.rcParams) == before
 
 
-@pytest.mark.parametrize("values", [["b", "a"], [3, 1, 2], [1, "auto"]])
+@pytest.mark.parametrize("values", [["b", "a"], [3, 1, 2], [1, "auto"], [[1, 1], [1, 2]], [None, 5.0]])
 def test_places_are_equally_apart(values):
     texts, heights = figures._places(values)
-    assert set(texts) == {str(value) for value in values}
+    assert set(texts) == {json.dumps(value).strip('"').removesuffix(".0") for value in values}
     assert sorted(heights) == pytest.approx([i / (len(values) - 1) for i in range(len(values))])

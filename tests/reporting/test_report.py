@@ -124,6 +124,7 @@ def test_what_was_not_measured_is_not_shown(run, missing):
     page = Page(render(run, internal=True))
     assert page.broken == []
     assert words[missing] not in page.text.replace("small_cnn_v1", "")
+    assert ("No classifier was trained" in page.text) == (missing == "downstream") != ("learnt from" in page.text)
     assert "Fréchet distance" in page.text
 
 
@@ -132,7 +133,7 @@ def test_a_ratio_of_distances_may_not_exist(run):
     evaluation["memorisation"] |= {"ratio": None, "nearest_train_of_test": [0.0, 0.0, 0.0]}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     text = Page(render(run, internal=True)).text
-    assert "do (by chance 1 %)." in text
+    assert "do (by chance 1.4 %)." in text
     assert "ratio of the medians" not in text
 
 
