@@ -188,8 +188,8 @@ def _rows(batches: Iterator[Any], first: int, shard: Shard, data: DataConfig) ->
     for batch in batches:
         if first >= shard.stop:
             return
-        skipped = max(0, shard.start - first)
-        batch = batch.slice(skipped, max(0, shard.stop - first - skipped))
+        skipped = min(len(batch), max(0, shard.start - first))
+        batch = batch.slice(skipped, shard.stop - first - skipped)
         first += skipped
         images = batch.column(data.image_column)
         contents = images.field("bytes") if pa.types.is_struct(images.type) else images

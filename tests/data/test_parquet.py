@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from e2h.config import DataConfig
+from e2h.data import parquet
 from e2h.data.images import decode, encode_png
 from e2h.data.sources import is_test, open_source, read_shard
 from e2h.errors import InputError
@@ -56,7 +57,11 @@ def pixels(content: bytes | np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", ["struct", "binary", "large", "raw", "fixed"])
 @pytest.mark.parametrize("size", [3, 6, 7, 100])
-def test_layouts_in_shards_across_row_groups(tmp_path: Path, images: np.ndarray, layout: str, size: int) -> None:
+@pytest.mark.parametrize("batch", [1, 2, 4, 256])
+def test_layouts_in_shards_across_row_groups_and_batches(
+    tmp_path: Path, images: np.ndarray, layout: str, size: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "BATCH", batch)
     data = config(write(tmp_path / "all.parquet", images, layout), records_per_shard=size)
     assert all(len(shard) <= size for shard in open_source(data).shards)
     records = read_all(data)
