@@ -12,6 +12,7 @@ from clusters import RAY, Cluster, cluster, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
+FEWER_STEPS = "finetune.num_steps=60"  # enough for a kill in their middle
 KINDS = {"spot": {"resources": {"CPU": 1}, "max_workers": 3}}
 
 
@@ -24,7 +25,7 @@ def submit(nodes: Cluster, log: Path, *call: str) -> subprocess.Popen[bytes]:
 def test_a_submitted_job_on_spot_nodes_with_a_bucket_makes_the_undisturbed_release(bucket: str, tmp_path: Path) -> None:
     storage, log = f"{bucket}/runs", tmp_path / "submitted.txt"
     with cluster(node_types=KINDS, max_workers=3, **SECRET_VARIABLES) as nodes:
-        script, *settings = command(storage)
+        script, *settings = command(storage, FEWER_STEPS)
         job = submit(nodes, log, str(ROOT / script), *settings)
 
         def at_work() -> bool:
@@ -37,5 +38,5 @@ def test_a_submitted_job_on_spot_nodes_with_a_bucket_makes_the_undisturbed_relea
     printed = log.read_text()
     assert "1 node of 0 CPU" in printed  # there was nothing else when it began
     assert "Traceback" not in printed
-    finish(start(tmp_path, None, *ALONE), tmp_path)
+    finish(start(tmp_path, None, *ALONE, FEWER_STEPS), tmp_path)
     assert outcome(storage) == outcome(tmp_path)
