@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import platform
 import shlex
@@ -18,7 +17,7 @@ from e2h.binding import binding, differences
 from e2h.config import Config
 from e2h.data.filesystem import store_refusal, write_bytes
 from e2h.data.remote import Place
-from e2h.errors import InputError, one_line
+from e2h.errors import InputError, is_disk_full, one_line
 
 PACKAGES = ("torch", "numpy", "opacus", "dp-accounting", "pyarrow", "cryptography")
 
@@ -48,7 +47,7 @@ def usable(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise
         reason = f"{error.strerror}: {error.filename}" if error.filename else one_line(error)
         expectation = f"expected a folder to write to ({reason}; choose another, or another run.name)"

@@ -201,6 +201,11 @@ def witness_path(root: Place) -> Place:
     return root.parent / ".secrets" / f"{root.name}.head"
 
 
+def witnessed(storage: Place) -> list[Place]:
+    """The roots of the runs in a storage whose ledgers were seen, whether they are still there or not."""
+    return [storage / path.stem for path in (storage / ".secrets").glob("*.head") if not path.name.startswith(".")]
+
+
 def run_root(config: Config) -> Place:
     """Where the run lies.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from pathlib import Path
@@ -63,12 +64,13 @@ def await_workers(scaling: ScalingConfig) -> None:
       InputError: if the time is over, or the autoscaler says that the room can never come.
     """
     limit, begun, said = start_timeout_s(), time.monotonic(), ""
+    knows_nodes = functools.cache(_knows_nodes)  # a task on the head, and the answer stays
     group = placement_group([_worker(scaling)] * _fewest(scaling))
     try:
         while not group.wait(POLL_S):
             state = autoscaler.report()
             hopeless = any(group.id.hex() in request.details for request in state.infeasible_gang_resource_requests)
-            if hopeless and _knows_nodes():
+            if hopeless and knows_nodes():
                 _refuse(scaling, f"what the autoscaler can bring; there are {describe_nodes()}")
             if time.monotonic() - begun > limit:
                 _refuse(scaling, f"room for them within {limit:g} s ({START_TIMEOUT}); there are {describe_nodes()}")

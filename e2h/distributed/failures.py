@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import traceback
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from e2h.data.filesystem import store_refusal, write_bytes
 from e2h.data.remote import Place
-from e2h.errors import BudgetError, InputError
+from e2h.errors import BudgetError, InputError, is_disk_full
 
 FAILURE_FILE = "failure.txt"
 MAX_CAUSES, MAX_CHARACTERS = 3, 300
@@ -41,7 +40,7 @@ def refusal(error: BaseException) -> str | None:
         # Ray's own wrappers inherit from the wrapped class but carry a traceback as their text.
         if isinstance(one, InputError) and type(one) is InputError:
             return str(one)
-        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(one, OSError) and is_disk_full(one):
             return f"{one.filename or 'run.storage'}: the disk is full; make room, then run the same command again"
         if isinstance(one, OSError) and (said := store_refusal(one)):
             return f"run.storage: {said}"

@@ -22,7 +22,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from e2h.binding import digest
-from e2h.curriculum.run import Run
+from e2h.curriculum.run import Run, witnessed
 from e2h.curriculum.search import (
     Trial,
     Values,
@@ -105,8 +105,8 @@ def _open_budget(run: Run, prepared: Prepared) -> Callable[[Values], PrivacyPlan
 def _refuse_lost_trials(run: Run) -> None:
     """Trials that were paid for keep their own ledgers: without those they would be run again, with other noise."""
     paid, trials = {one.name for one in run.ledger.charged()} - set(run.config.curriculum), store(run.root)
-    ledgers = [trials / seen.stem / "ledger.jsonl" for seen in (trials / ".secrets").glob("*.head")]
-    gone = [path.parent for path in (trials / "plan.json", *ledgers) if not path.exists()]
+    needed = [trials / "plan.json", *(root / "ledger.jsonl" for root in witnessed(trials))]
+    gone = [path.parent for path in needed if not path.exists()]
     if paid and gone:
         raise BudgetError(
             f"{run.ledger.location}: the trials of this search were paid for, and {gone[0]} is gone; running "

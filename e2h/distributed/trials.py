@@ -38,7 +38,7 @@ from e2h.distributed.training import train_on_workers
 from e2h.evaluation.downstream import fit
 from e2h.privacy.keys import derive_key
 from e2h.privacy.scores import Score, central_distance, noisy_accuracy, score_name, stand_in_accuracy
-from e2h.reporting.facts import read_json
+from e2h.reporting.facts import read_json, share_key
 
 RESULT = "search.json"
 MODEL = ("checkpoints/model.safetensors", "checkpoints/average")  # what a trial's training released
@@ -104,7 +104,7 @@ def _score(search: Run, run: Run, trial: Trial, share: float) -> Score:
 def values_and_scores(search: Run, trial: Trial) -> dict[str, Any]:
     """What may be said of a trial that all are charged for, or that read public images."""
     shares = RUNGS[search.config.search.scheduler]
-    scores = {f"{share:.3f}": read_score(score_path(store(search.root) / trial.name, share)) for share in shares}
+    scores = {share_key(share): read_score(score_path(store(search.root) / trial.name, share)) for share in shares}
     return {"values": trial.values, "scores": {share: one.value for share, one in scores.items() if one}}
 
 

@@ -5,7 +5,6 @@ Both let exactly one of several writers append at a position, and return only wh
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from e2h import s3
-from e2h.errors import BudgetError, InputError
+from e2h.errors import BudgetError, InputError, is_disk_full
 from e2h.privacy.chain import ConflictError, is_record
 
 OBJECT_DIGITS = 12
@@ -72,7 +71,7 @@ class FileLog:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise
             raise InputError(
                 f"ledger {self.path}: expected a file in a folder that exists and may be written ({error.strerror})"

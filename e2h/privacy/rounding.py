@@ -8,9 +8,10 @@ from decimal import ROUND_CEILING, Context, Decimal
 DELTA_DIGITS = 6
 
 
-def rounded_up(epsilon: float, decimals: int = 4) -> float:
+def rounded_up(value: float, decimals: int = 4) -> float:
     """To so many decimals."""
-    return math.ceil(epsilon * 10**decimals * (1 - 1e-12)) / 10**decimals
+    # The tiny reduction keeps 1.0 from becoming 1.001 by binary round-off.
+    return math.ceil(value * 10**decimals * (1 - 1e-12)) / 10**decimals
 
 
 def epsilon_in_words(epsilon: float) -> str:

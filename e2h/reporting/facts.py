@@ -12,7 +12,7 @@ import yaml
 from e2h.config import describe_record
 from e2h.data.remote import Place
 from e2h.errors import InputError
-from e2h.privacy.rounding import delta_in_words
+from e2h.privacy.rounding import delta_in_words, rounded_up
 from e2h.reporting.privacy_curves import best_guess, hit_rate
 
 RELATIONS = {
@@ -80,9 +80,12 @@ def up(value: float, digits: int = 4) -> str:
     if value <= 0 or not math.isfinite(value):
         return "0" if value <= 0 else "∞"
     decimals = digits - 1 - math.floor(math.log10(value))
-    # The tiny reduction keeps 1.0 from becoming 1.001 by binary round-off.
-    scaled = math.ceil(value * 10**decimals * (1 - 1e-12))
-    return f"{scaled / 10**decimals:.{max(decimals, 0)}f}"
+    return f"{rounded_up(value, decimals):.{max(decimals, 0)}f}"
+
+
+def share_key(share: float) -> str:
+    """How a trial's scores are named in `search.json`: by the share of its steps after which they were taken."""
+    return f"{share:.3f}"
 
 
 def number(value: float) -> str:
@@ -93,7 +96,7 @@ def number(value: float) -> str:
 def percent_up(share: float) -> str:
     """A share of 1 as a percentage, rounded up; more digits where one would say "all"."""
     digits = 1 if share < 0.999 else 3
-    return f"{math.ceil(100 * share * 10**digits * (1 - 1e-12)) / 10**digits:.{digits}f} %"
+    return f"{rounded_up(100 * share, digits):.{digits}f} %"
 
 
 def sentence(plan: Mapping[str, Any]) -> str:

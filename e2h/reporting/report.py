@@ -20,8 +20,6 @@ from e2h.reporting.privacy_figures import privacy_figures
 from e2h.reporting.recompute import recipe, selected
 from e2h.reporting.utility import utility
 
-FULL = "1.000"  # the share of a trial's steps behind the score that trials are compared by
-
 
 def render(run_dir: Path, internal: bool) -> str:
     """The report as HTML.
@@ -87,7 +85,8 @@ def released_figures(run_dir: Path) -> dict[str, figures.Drawing]:
     found = dict(privacy_figures(facts.read_json(run_dir / "plan.json")))
     search = _search(run_dir) or {}
     # A trial that was stopped early has scores of fewer steps alone, which none of another can be compared with.
-    trials = [(one["values"], one["scores"][FULL]) for one in search.get("trials", []) if FULL in one["scores"]]
+    told, whole = search.get("trials", []), facts.share_key(1.0)
+    trials = [(one["values"], one["scores"][whole]) for one in told if whole in one["scores"]]
     if len(trials) > 1:
         found["trials"] = figures.parallel_coordinates(trials, search["values"])
     return found
